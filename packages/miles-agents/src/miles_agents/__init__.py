@@ -1,0 +1,3 @@
+"""Environments, tools, sandbox and search: what Miles acts in."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,29 @@
+"""Errors a person can act on: what was found, what was expected, what to do."""
+
+
+class MilesError(Exception):
+    """Something a user can fix. The message is one or two sentences; the command line prints it without a traceback."""
+
+
+class ConfigError(MilesError):
+    """A recipe, an override or a combination of settings is wrong."""
+
+
+class PluginError(MilesError):
+    """A plug-in is missing, does not import, or does not keep its point's Protocol."""
+
+
+class DataError(MilesError):
+    """A row, a file, a sample or a reward is not what it must be. Names file and line, or sample and column."""
+
+
+class RunError(MilesError):
+    """A run cannot go on: a deadline passed, a disk is full, nothing is left to train on."""
+
+
+class CheckpointError(MilesError):
+    """A cut is missing, truncated or belongs to another configuration."""
+
+
+class InfrastructureFailure(Exception):
+    """A worker, an engine or a sandbox failed, not the policy. The trajectory is issued again, never scored 0."""

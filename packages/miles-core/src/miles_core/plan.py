@@ -1,0 +1,74 @@
+"""Which samples go together: optimizer steps, shards and micro-batches. Indices, not data; a unit is never split."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from .batch import Batch
+from .errors import ConfigError
+from .randomness import generator
+
+Unit = Literal["token", "sequence", "pair", "group"]
+"""What a loss is a function of. Tokens and sequences stay with their trajectory; pairs and groups with their group."""
+
+
+def units_of(batch: Batch, unit: Unit) -> np.ndarray:
+    """int64 [S]: samples with the same number must stay together."""
+    return batch.segments.group if unit in ("pair", "group") else batch.segments.trajectory
+
+
+def optimizer_steps(batch: Batch, unit: Unit, *, epochs: int, minibatches: int, seed_parts: tuple[str | int, ...]) -> list[np.ndarray]:
+    """Sample indices of every optimizer step: each epoch goes once over all samples, shuffled by unit when cut up.
+
+    Raises:
+        ConfigError: There are fewer units than mini-batches.
+    """
+    units = units_of(batch, unit)
+    names = np.unique(units)
+    if len(names) < minibatches:
+        raise ConfigError(f"minibatches is {minibatches}, but the batch holds only {len(names)} units ({unit}); lower it or train on more groups")
+    steps = []
+    for epoch in range(epochs):
+        order = names if minibatches == 1 else generator("optimizer_steps", epoch, *seed_parts).permutation(names)
+        for part in np.array_split(order, minibatches):
+            steps.append(np.flatnonzero(np.isin(units, part)))
+    return steps
+
+
+def balanced_shards(lengths: np.ndarray, units: np.ndarray, size: int) -> list[np.ndarray]:
+    """Sample indices of each of ``size`` shards with nearly equal numbers of rows (longest unit first)."""
+    names, inverse = np.unique(units, return_inverse=True)
+    weight = np.bincount(inverse, weights=lengths)
+    load, owner = np.zeros(size), np.zeros(len(names), np.int64)
+    for unit in np.argsort(-weight, kind="stable"):
+        owner[unit] = int(np.argmin(load))
+        load[owner[unit]] += weight[unit]
+    return [np.flatnonzero(owner[inverse] == rank) for rank in range(size)]
+
+
+def micro_batches(lengths: np.ndarray, units: np.ndarray, max_tokens: int, *, padded: bool) -> list[np.ndarray]:
+    """Sample indices of micro-batches of at most ``max_tokens`` rows (a longer unit stands alone).
+
+    Units are taken in order of length, so that padding (every row as long as the longest) costs little.
+
+    Args:
+        lengths: int64 [S], rows of each sample.
+        units: int64 [S], samples with the same number stay together.
+        max_tokens: Budget in rows, padding included if ``padded``.
+        padded: Whether the trainer pads each micro-batch to its longest sample.
+    """
+    members: dict[int, list[int]] = {}
+    for sample, unit in enumerate(units.tolist()):
+        members.setdefault(unit, []).append(sample)
+    ordered = sorted(members.values(), key=lambda m: max(lengths[s] for s in m))
+    parts: list[list[int]] = [[]]
+    for unit_samples in ordered:
+        grown = parts[-1] + unit_samples
+        cost = len(grown) * max(lengths[s] for s in grown) if padded else sum(lengths[s] for s in grown)
+        if parts[-1] and cost > max_tokens:
+            parts.append(list(unit_samples))
+        else:
+            parts[-1] = grown
+    return [np.array(p, np.int64) for p in parts if p]

@@ -1,0 +1,323 @@
+"""Plug-ins: found by entry point, by ``module:attribute`` or by decorator; declared torch-free; checked when built.
+
+A recipe names a plug-in with ``use`` and gives its options beside it::
+
+    advantage: {use: grpo, scale: none}          # entry point "grpo" in the group miles.advantage
+    reward: {use: my_rewards:brevity, limit: 40} # a function or class in an importable module or a file my_rewards.py
+
+What is registered is either a ``PluginConfig`` (options, what it needs and gives, and ``target``: what to import when it
+is built, so that ``miles check`` needs no torch) or a plain function or class, whose keyword-only arguments are its options.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, SerializeAsAny, create_model
+
+from . import protocols
+from .errors import MilesError, PluginError
+from .protocols import BuildContext
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PluginConfig(BaseModel):
+    """Options of a plug-in. Subclass it for built-ins; plain functions and classes get one made from their signature."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    point: ClassVar[str] = ""
+    target: ClassVar[str] = ""
+    """``module:attribute`` that ``build`` imports: a function (gets the options as keyword arguments) or a class
+    (gets this config and the BuildContext)."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Columns it reads that somebody else must give."""
+    gives: ClassVar[frozenset[str]] = frozenset()
+    """Columns it adds."""
+
+    use: str
+
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own options, without ``use`` and what the point itself adds."""
+        skip = {"use", *POINTS[self.point].config_base.model_fields}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in skip}
+
+    def build(self, context: BuildContext) -> Any:
+        """Import the target, bind the options and check the result against the point's Protocol."""
+        origin = f"{self.point} {self.use!r} ({self.target})"
+        try:
+            target = import_object(self.target)
+        except MilesError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{origin} does not import: {_import_advice(error)}") from error
+        built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
+        check_protocol(built, POINTS[self.point], origin)
+        return built
+
+
+class RewardConfig(PluginConfig):
+    """What every reward has beside its own options."""
+
+    unit: ClassVar[str] = "sample"
+    """``sample``, ``group`` or ``batch``: what it is called with."""
+
+    weight: float = 1.0
+    """Its part in the sum of rewards."""
+    timeout_s: float = 60.0
+    """Deadline of one call, in seconds; past it the run stops and says which sample."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plug-point: its name, the Protocol of what is built, and the options every plug-in of it has."""
+
+    name: str
+    protocol: type
+    doc: str
+    config_base: type[PluginConfig] = PluginConfig
+    per_use: bool = False
+    """Whether ``build`` gives a factory that is called once for each use (environments: one a trajectory)."""
+
+
+POINTS: dict[str, Point] = {
+    p.name: p
+    for p in (
+        Point("data_source", protocols.DataSource, "prompts by index"),
+        Point("rollout", protocols.Rollout, "a whole group: from a prompt to its samples"),
+        Point("generate", protocols.Generate, "one trajectory"),
+        Point("environment", protocols.Environment, "one trajectory's world", per_use=True),
+        Point("reward", protocols.Reward, "scores a sample, a group or a batch", RewardConfig),
+        Point("group_filter", protocols.GroupFilter, "drops groups"),
+        Point("sample_filter", protocols.SampleFilter, "takes samples out of training"),
+        Point("advantage", protocols.Advantage, "advantages of a batch"),
+        Point("loss", protocols.Loss, "one term of the loss"),
+        Point("aggregation", protocols.Aggregation, "how rows add up to the loss"),
+        Point("rollout_engine", protocols.RolloutEngine, "samples tokens from a policy"),
+        Point("trainer", protocols.Trainer, "holds weights and optimizer"),
+        Point("weight_transport", protocols.WeightTransport, "carries weights to engines"),
+        Point("tracker", protocols.Tracker, "takes metrics somewhere"),
+        Point("evaluator", protocols.Evaluator, "measures a policy on data of its own"),
+        Point("hook", object, "called at moments of the loop (miles_core.hooks)"),
+    )
+}
+
+_DECORATED: dict[tuple[str, str], Any] = {}
+
+
+def decorator(point: str) -> Callable[..., Any]:
+    """The decorator of a point: ``@miles.reward`` or ``@miles.reward(name="brevity", needs={"values"})``."""
+
+    def decorate(obj: F | None = None, *, name: str | None = None, **declared: Any) -> Any:
+        def register(obj: F) -> F:
+            obj.__miles__ = declared  # ty: ignore[missing-attribute]
+            _DECORATED[point, name or obj.__name__] = obj  # ty: ignore[missing-attribute]
+            return obj
+
+        return register if obj is None else register(obj)
+
+    return decorate
+
+
+def import_object(path: str) -> Any:
+    """What ``module:attribute`` names. A module may also be a file beside the recipe or in the working directory."""
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        raise PluginError(f"{path!r} is not of the form module:attribute")
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
+    module = importlib.import_module(module_name)
+    try:
+        return functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise PluginError(f"module {module_name!r} has no {attribute!r}.{did_you_mean(attribute, names)}") from None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A sentence with the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plug-in that can be named in a recipe, and where it comes from."""
+
+    point: str
+    name: str
+    origin: str
+    load: Callable[[], Any]
+
+
+def find_all(point: str) -> dict[str, Found]:
+    """Every plug-in of a point by name: entry points of installed packages, then decorated objects of this process."""
+    found: dict[str, Found] = {}
+    for entry in metadata.entry_points(group=f"miles.{point}"):
+        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+        if entry.name in found and found[entry.name].origin != origin:
+            raise PluginError(f"{point} {entry.name!r} is registered by both {found[entry.name].origin} and {origin}; uninstall one")
+        found[entry.name] = Found(point, entry.name, f"{origin} ({entry.value})", entry.load)
+    for (decorated_point, name), obj in _DECORATED.items():
+        if decorated_point == point:
+            found[name] = Found(point, name, f"decorated in {obj.__module__}", lambda obj=obj: obj)
+    return found
+
+
+def config_class(point: str, use: str) -> type[PluginConfig]:
+    """The options class of the plug-in that ``use`` names.
+
+    Raises:
+        PluginError: It is not registered, does not import, or is registered for another point. Names package, version, reason, fix.
+    """
+    if ":" in use:
+        origin, load = f"module {use.split(':')[0]}", functools.partial(import_object, use)
+    else:
+        known = find_all(point)
+        if use not in known:
+            raise PluginError(
+                f"no {point} is called {use!r}.{did_you_mean(use, list(known))} Known: {', '.join(sorted(known)) or 'none'}. "
+                "Install the package that has it, or name a function as module:attribute."
+            )
+        origin, load = known[use].origin, known[use].load
+    try:
+        obj = load()
+    except MilesError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{point} {use!r} of {origin} does not import: {_import_advice(error)}") from error
+    if inspect.isclass(obj) and issubclass(obj, PluginConfig):
+        if obj.point != point:
+            raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
+        return obj
+    if not callable(obj):
+        raise PluginError(f"{point} {use!r} of {origin} is a {type(obj).__name__}; expected a function, a class or a PluginConfig")
+    return _config_from_signature(point, use, obj)
+
+
+def _config_from_signature(point: str, use: str, obj: Callable[..., Any]) -> type[PluginConfig]:
+    """Options from the keyword-only arguments of a plain function or class."""
+    try:
+        hints = get_type_hints(obj.__init__ if inspect.isclass(obj) else obj)
+    except NameError:
+        hints = {}  # annotations that exist for type checkers only
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(obj).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[parameter.name] = (hints.get(parameter.name, Any), default)
+    declared = getattr(obj, "__miles__", {})
+    try:
+        made = create_model(f"{use}_config", __base__=_PlainConfig.of(POINTS[point].config_base), **fields)
+    except PydanticUserError as error:
+        raise PluginError(f"{point} {use!r}: the type of one of its options is not one a recipe can hold: {error}") from error
+    made.point, made.plain = point, staticmethod(obj)  # ty: ignore
+    for name, value in declared.items():
+        if name not in ("needs", "gives", "unit"):
+            raise PluginError(f"{point} {use!r} declares {name!r}; a decorator takes name, needs, gives and (for rewards) unit")
+        setattr(made, name, frozenset(value) if name != "unit" else value)
+    return made
+
+
+class _PlainConfig:
+    """Builds a plain function or class instead of importing a target."""
+
+    @staticmethod
+    def of(base: type[PluginConfig]) -> type[PluginConfig]:
+        class Plain(base):  # ty: ignore[unsupported-base]
+            plain: ClassVar[Any] = None
+
+            def build(self, context: BuildContext) -> Any:
+                obj, point = type(self).plain, POINTS[self.point]
+                origin = f"{self.point} {self.use!r} ({inspect.getmodule(obj).__name__}:{obj.__qualname__})"  # ty: ignore
+                if not inspect.isclass(obj):
+                    check_protocol(obj, point, origin)
+                    return functools.partial(obj, **self.options())
+                if point.per_use:
+                    check_protocol(obj, point, origin)
+                    return functools.partial(obj, **self.options())
+                built = obj(**self.options())
+                check_protocol(built, point, origin)
+                return built
+
+        return Plain
+
+
+def _import_advice(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = EXTRAS.get(error.name.split(".")[0])
+        if extra:
+            return f"{error.name!r} is not installed; it comes with the extra {extra}: pip install '{extra}'"
+        return f"module {error.name!r} is not installed (or not beside the recipe)"
+    return f"{type(error).__name__}: {error}"
+
+
+EXTRAS = {
+    "torch": "miles-core[torch]",
+    "transformers": "miles-core[data]",
+    "datasets": "miles-core[data]",
+    "pyarrow": "miles-core[data]",
+    "math_verify": "miles-core[math]",
+    "tensorboard": "miles-core[report]",
+    "matplotlib": "miles-core[report]",
+    "ray": "miles-core[ray]",
+    "wandb": "miles-core[wandb]",
+    "sglang": "miles-rollout[sglang]",
+    "megatron": "miles-train[megatron]",
+}
+"""Which extra brings a module; a missing one becomes a sentence that names it."""
+
+
+def check_protocol(obj: Any, point: Point, origin: str) -> None:
+    """Raise a PluginError that says what is missing if ``obj`` does not keep the point's Protocol.
+
+    Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (a sync function
+    may stand for a Reward's and vice versa).
+    """
+    members = {n: m for c in point.protocol.__mro__ for n, m in vars(c).items() if inspect.isfunction(m) and c.__module__ == protocols.__name__}
+    for name, wanted in members.items():
+        if name.startswith("_") and name not in ("__call__", "__len__", "__getitem__"):
+            continue
+        arguments = [p for p in inspect.signature(wanted).parameters.values() if p.name != "self"]
+        signature = f"{'async ' if inspect.iscoroutinefunction(wanted) else ''}{name}({', '.join(p.name for p in arguments)})"
+        method = obj if name == "__call__" and not inspect.isclass(obj) else getattr(obj, name, None)
+        if not callable(method):
+            raise PluginError(f"{origin} has no {signature}, which every {point.name} has. Add it; see miles_core.protocols.")
+        function = method.func if isinstance(method, functools.partial) else method
+        if not inspect.isroutine(function) and not inspect.isclass(function):
+            function = function.__call__
+        if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(wanted) and point.name != "reward":
+            raise PluginError(f"{origin}: {name} must be {'async' if inspect.iscoroutinefunction(wanted) else 'a plain function'}: {signature}")
+        unbound = inspect.isclass(obj)
+        try:
+            inspect.signature(method).bind(*([None] if unbound else []), *(None for p in arguments if p.kind is not p.KEYWORD_ONLY))
+        except TypeError as error:
+            raise PluginError(f"{origin}: {name}{inspect.signature(method)} cannot be called as {signature}: {error}") from None
+        except ValueError:
+            continue  # built-in without a signature
+
+
+def plug(point: str) -> Any:
+    """The pydantic type of a recipe field that names a plug-in of ``point``: a name, or a mapping with ``use`` and options."""
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, PluginConfig):
+            return value
+        if isinstance(value, str):
+            value = {"use": value}
+        if not isinstance(value, dict) or not isinstance(value.get("use"), str):
+            raise ValueError(f"expected the name of a {point}, or a mapping with 'use' and its options; found {value!r}")
+        return config_class(point, value["use"]).model_validate(value)
+
+    return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(parse)]

@@ -1,0 +1,126 @@
+"""Samples in a safetensors file (never pickle): columns end to end, scalars in the header as JSON.
+
+Tensors are named ``column#variant`` (a variant is one dtype and trailing shape), ragged ones with ``.values`` and
+``.offsets``, attachments by ``blob.KEY.NAME``: an image that sixteen samples share is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .columns import Attachment, Attachments, Blob, Column, Ragged, column_spec, concat_columns
+from .errors import DataError
+from .sample import Sample, SampleId, SamplingSpan, Status, Turn
+
+FORMAT = "miles-samples-1"
+
+
+def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Write samples to ``path``, whole or not at all (a temporary file, then a rename)."""
+    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, list[Column]] = {}
+    headers = []
+    for sample in samples:
+        placed = {}
+        for name, column in sample.columns.items():
+            if isinstance(column, Attachments):
+                placed[name] = [[a.start, a.end, a.blob.key] for a in column.items]
+                for a in column.items:
+                    tensors |= {f"blob.{a.blob.key}.{n}": np.ascontiguousarray(t) for n, t in a.blob.tensors.items()}
+            else:
+                variant = _variant(name, column)
+                placed[name] = variant
+                parts.setdefault(variant, []).append(column)
+        headers.append(_header(sample) | {"columns": placed})
+    for variant, columns in parts.items():
+        whole = concat_columns(column_spec(variant.split("#")[0]), columns)
+        if isinstance(whole, Ragged):
+            tensors |= {f"{variant}.values": whole.values, f"{variant}.offsets": whole.offsets}
+        elif isinstance(whole, np.ndarray):
+            tensors[variant] = np.ascontiguousarray(whole)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": FORMAT, "samples": json.dumps(headers)})
+    os.replace(partial, path)
+
+
+def load_samples(path: str | Path) -> list[Sample]:
+    """Read what ``save_samples`` wrote.
+
+    Raises:
+        DataError: The file is missing, truncated or of another format.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; it is no file of samples")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as samples ({error}). Is it complete?") from error
+    blobs = _blobs(tensors)
+    cursor: dict[str, int] = {}
+    return [_sample(header, tensors, blobs, cursor) for header in json.loads(metadata["samples"])]
+
+
+def _variant(name: str, column: np.ndarray | Ragged) -> str:
+    values = column.values if isinstance(column, Ragged) else column
+    trailing = "x".join(map(str, values.shape[1:]))
+    return f"{name}#{values.dtype.name}" + (f":{trailing}" if trailing else "")
+
+
+def _header(sample: Sample) -> dict[str, Any]:
+    scalars = ("prompt", "label", "reward", "rewards", "metadata", "timings")
+    return {name: getattr(sample, name) for name in scalars} | {
+        "id": asdict(sample.id),
+        "length": len(sample),
+        "status": sample.status.value,
+        "spans": [asdict(s) for s in sample.spans],
+        "turns": [asdict(t) for t in sample.turns],
+    }
+
+
+def _blobs(tensors: dict[str, np.ndarray]) -> dict[str, Blob]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("blob."):
+            _, key, tensor_name = name.split(".", 2)
+            found.setdefault(key, {})[tensor_name] = tensor
+    blobs = {key: Blob(named) for key, named in found.items()}
+    for key, blob in blobs.items():
+        if blob.key != key:
+            raise DataError(f"attachment {key} holds other bytes than its name says (hash {blob.key}); the file is damaged")
+    return blobs
+
+
+def _sample(header: dict[str, Any], tensors: dict[str, np.ndarray], blobs: dict[str, Blob], cursor: dict[str, int]) -> Sample:
+    columns: dict[str, Column] = {}
+    length = header["length"]
+    for name, placed in header["columns"].items():
+        if isinstance(placed, list):
+            columns[name] = Attachments(tuple(Attachment(s, e, blobs[key]) for s, e, key in placed), length)
+            continue
+        start = cursor.get(placed, 0)
+        cursor[placed] = start + length
+        if column_spec(name).kind == "ragged":
+            whole = Ragged(tensors[f"{placed}.values"], tensors[f"{placed}.offsets"])
+            columns[name] = whole.take(np.arange(start, start + length))
+        else:
+            columns[name] = tensors[placed][start : start + length]
+    return Sample(
+        SampleId(**header["id"]),
+        columns,
+        status=Status(header["status"]),
+        spans=[SamplingSpan(**s) for s in header["spans"]],
+        turns=[Turn(**t) for t in header["turns"]],
+        **{name: header[name] for name in ("prompt", "label", "reward", "rewards", "metadata", "timings")},
+    )

@@ -1,0 +1,114 @@
+"""linear_logprob in torch, chunk by chunk: runs on every device, and is what faster forms are compared with.
+
+Two buffers of [chunk, V] are made once a call and every step on them is in place. A weight narrower than the maths is cast a block at a
+time, no block larger than a chunk.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 128 * 2**20
+"""Without `chunk`, a chunk of logits takes at most this many bytes, or one row: 1024 rows of 32,768 float32 logits, 220 of 151,936.
+
+On a CPU nothing is gained above about 256 rows; below, the backward slows down: each chunk passes over the whole gradient of weight.
+"""
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob [T], entropy [T] and logsumexp [T] in the dtype of `temperature` [T], which is that of the maths."""
+    logprob, entropy, lse = (torch.empty_like(temperature) for _ in range(3))
+    for rows, z, p in _chunks(len(hidden), len(weight), temperature, chunk):
+        _logits_(z, hidden[rows], weight, bias, temperature[rows])
+        largest = z.amax(1, keepdim=True)
+        z.sub_(largest)
+        total = torch.exp(z, out=p).sum(1)
+        log_total = total.log()
+        logprob[rows] = z.gather(1, targets[rows, None]).squeeze(1) - log_total
+        entropy[rows] = log_total - p.mul_(z).sum(1) / total
+        lse[rows] = largest.squeeze(1) + log_total
+    return logprob, entropy, lse
+
+
+def backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    dlogprob: Tensor | None,
+    dentropy: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    chunk: int | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, each None unless `needs` asks for it; `dlogprob` and `dentropy` are [T], or None for zero.
+
+    With a = dlogprob / temperature and b = dentropy / temperature, the logits before the temperature get
+    −p_i (a + b (log p_i + entropy)) + a [i = target].
+    """
+    needs_hidden, needs_weight, needs_bias = needs
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
+    dweight = torch.zeros(weight.shape, dtype=temperature.dtype, device=weight.device) if needs_weight else None
+    dbias = torch.zeros(len(weight), dtype=temperature.dtype, device=weight.device) if needs_bias else None
+    a = torch.zeros_like(temperature) if dlogprob is None else dlogprob / temperature
+    b = None if dentropy is None else dentropy / temperature
+    c = None if b is None else a + b * entropy
+
+    for rows, z, p in _chunks(len(hidden), len(weight), temperature, chunk):
+        _logits_(z, hidden[rows], weight, bias, temperature[rows])
+        z.sub_(lse[rows, None])  # log p
+        if b is None or c is None:
+            z.exp_().mul_(-a[rows, None])
+        else:
+            torch.exp(z, out=p)
+            z.mul_(-b[rows, None]).sub_(c[rows, None]).mul_(p)
+        z[torch.arange(len(z), device=z.device), targets[rows]] += a[rows]
+
+        if dhidden is not None:
+            dchunk = torch.zeros(len(z), hidden.shape[1], dtype=z.dtype, device=z.device)
+            for columns, block in _blocks(weight, z):
+                dchunk.addmm_(z[:, columns], block)
+            dhidden[rows] = dchunk
+        if dweight is not None:
+            dweight.addmm_(z.T, hidden[rows].to(z.dtype))
+        if dbias is not None:
+            dbias += z.sum(0)
+
+    if dweight is not None:
+        dweight = dweight.to(weight.dtype)
+    if bias is not None and dbias is not None:
+        dbias = dbias.to(bias.dtype)
+    return dhidden, dweight, dbias
+
+
+def _chunks(rows: int, vocab: int, like: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of at most `chunk` rows, sizes within one of each other, and for each two [size, V] buffers, the same memory every time."""
+    chunk = min(chunk or max(1, CHUNK_BYTES // (vocab * like.element_size())), rows)
+    count = -(-rows // chunk) if rows else 0
+    z, p = (torch.empty(chunk, vocab, dtype=like.dtype, device=like.device) for _ in range(2))
+    for i in range(count):
+        start, stop = rows * i // count, rows * (i + 1) // count
+        yield slice(start, stop), z[: stop - start], p[: stop - start]
+
+
+def _logits_(z: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> None:
+    """z = (hidden @ weight.T + bias) / temperature, in place and in the dtype of z."""
+    hidden = hidden.to(z.dtype)
+    for columns, block in _blocks(weight, z):
+        torch.mm(hidden, block.T, out=z[:, columns])
+    if bias is not None:
+        z.add_(bias)
+    z.div_(temperature[:, None])
+
+
+def _blocks(weight: Tensor, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in the dtype of z: whole if it is that already, else in blocks of rows of at most as many elements as z."""
+    vocab, width = weight.shape
+    size = vocab if weight.dtype == z.dtype else max(1, z.numel() // max(1, width))
+    for start in range(0, vocab, size):
+        yield slice(start, start + size), weight[start : start + size].to(z.dtype)

@@ -1,0 +1,3 @@
+"""Trainers, packing, quantisation-aware training and export: how Miles learns."""
+
+__version__ = "0.1.0"
