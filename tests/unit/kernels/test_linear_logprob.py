@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miles_kernels.ops.linear_logprob import linear_logprob
+from miles_kernels.ops.linear_logprob import linear_logprob, reference
 
 
 class Allocations(TorchDispatchMode):
@@ -67,23 +67,27 @@ def test_allocations_sees_whole_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits_are_never_whole(dtype: torch.dtype):
-    rows, width, vocab, chunk = 256, 8, 2000, 16
+def test_logits_are_never_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Nor is the weight cast whole; its gradient is what is largest."""
+    rows, width, vocab, chunk = 256, 64, 2000, 16
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * chunk * vocab)
     hidden, weight, targets = make(rows, width, vocab, dtype)
     with Allocations() as seen:
         logprob, entropy = linear_logprob(hidden, weight, targets, chunk=chunk, temperature=0.9)
         (logprob.sum() + entropy.sum()).backward()
-    assert seen.largest == max(chunk * vocab, vocab * width)
+    assert seen.largest == vocab * width
     gradients = 4 * (rows * width + vocab * width) + weight.grad.nbytes
     assert seen.peak < 3 * (4 * chunk * vocab) + gradients + 100 * 4 * rows
 
 
-def test_default_chunk_follows_the_byte_budget(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("miles_kernels.ops.linear_logprob.reference.CHUNK_BYTES", 4 * 100 * 7)
+@pytest.mark.parametrize(("least", "chunk"), [(1, 7), (20, 20)], ids=["bytes", "rows"])
+def test_default_chunk_follows_the_budget(monkeypatch: pytest.MonkeyPatch, least: int, chunk: int):
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 100 * 7)
+    monkeypatch.setattr(reference, "CHUNK_ROWS", least)
     hidden, weight, targets = make(50, 4, 100)
     with Allocations() as seen, torch.no_grad():
         linear_logprob(hidden, weight, targets)
-    assert seen.largest == 7 * 100
+    assert seen.largest == chunk * 100
 
 
 # Only what is needed
@@ -162,6 +166,20 @@ def test_autocast_changes_nothing():
         under = torch.autograd.grad(got.logprob.sum(), (hidden, weight))
     assert torch.equal(got.logprob, want.logprob) and torch.equal(got.entropy, want.entropy)
     assert all(torch.equal(a, b) for a, b in zip(gradients, under, strict=True))
+
+
+@pytest.mark.parametrize("budget", [1, 4 * 16 * 7])
+def test_a_weight_cast_in_blocks_gives_what_a_whole_one_gives(budget: int, monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, targets = make(3, 16, 30, torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        got = linear_logprob(hidden, weight, targets, chunk=1)
+        return [*got, *torch.autograd.grad(got.logprob.sum() + got.entropy.sum(), (hidden, weight))]
+
+    whole = run()
+    monkeypatch.setattr(reference, "CHUNK_BYTES", budget)
+    for ours, theirs in zip(run(), whole, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=1e-5, rtol=2**-7)
 
 
 def test_mixed_dtypes():

@@ -21,6 +21,7 @@ import numpy as np
 from .columns import Column, column_spec, concat_columns, empty_column, take_rows
 from .errors import DataError
 from .refs import SampleRef
+from .sample import trajectory_reward
 
 GATHERED = ("versions", "loss_mask", "logprobs")
 """The Sample columns that the controller gathers; the others stay with the samples until a trainer loads them."""
@@ -99,6 +100,8 @@ class Batch:
         """
         if not refs:
             raise DataError("an empty batch: no sample is left to train on")
+        if len(policies := sorted({r.id.policy for r in refs})) > 1:
+            raise DataError(f"a batch holds samples of one policy; these are of {', '.join(policies)}")
         cu_seqlens = np.concatenate([[0], np.cumsum([r.length for r in refs])]).astype(np.int64)
         trajectory = _index([(r.id.group, r.id.trajectory) for r in refs])
         group = _index([r.id.group for r in refs])
@@ -126,8 +129,12 @@ class Batch:
 
     @property
     def rewards(self) -> np.ndarray:
-        """float64 [S]; NaN where the rollout gave none (SFT)."""
-        return np.array([np.nan if r.reward is None else r.reward for r in self.refs])
+        """float64 [S], each sample's trajectory's reward (see ``trajectory_reward``); NaN where no sample of it has one (SFT)."""
+        members: dict[int, list[SampleRef]] = {}
+        for trajectory, ref in zip(self.segments.trajectory.tolist(), self.refs, strict=True):
+            members.setdefault(trajectory, []).append(ref)
+        reward = {t: trajectory_reward(refs) if any(r.reward is not None for r in refs) else np.nan for t, refs in members.items()}
+        return np.array([reward[t] for t in self.segments.trajectory.tolist()])
 
     def array(self, name: str) -> np.ndarray:
         """A packed token column [N, …]."""
@@ -149,7 +156,7 @@ class Batch:
 
     def counted(self) -> Batch:
         """The same rows as ONE optimizer step: denominators counted anew from ``loss_mask``."""
-        tokens = np.add.reduceat(self.array("loss_mask").astype(np.int64), self.cu_seqlens[:-1])
+        tokens = np.bincount(self.segment[self.array("loss_mask")], minlength=len(self))
         return replace(self, segments=Segments.of(self.segments.trajectory, self.segments.group, tokens))
 
     def load(self, names: Sequence[str]) -> Batch:
@@ -194,7 +201,15 @@ class Batch:
         return Batch(tuple(self.refs[s] for s in samples), cu_seqlens, columns, self.segments.select(samples))
 
     def optimizer_steps(self) -> Iterator[Batch]:
-        """One Batch for each optimizer step, each with denominators of its own."""
+        """One Batch for each optimizer step, each with denominators of its own.
+
+        Raises:
+            DataError: This is a part of a step already (from ``select`` or ``context_shard``); ask the whole batch.
+        """
+        if not self.steps:
+            raise DataError(
+                "this batch is a part of an optimizer step and has no steps of its own; take optimizer_steps of the whole batch"
+            )
         for samples in self.steps:
             yield self.select(samples).counted()
 
@@ -213,7 +228,7 @@ class Batch:
         rows = self.context_rows(rank, size)
         lengths = np.bincount(self.segment[rows], minlength=len(self))
         columns = {n: c if column_spec(n).split == "whole" else take_rows(column_spec(n), c, rows) for n, c in self.columns.items()}
-        return replace(self, cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns=columns)
+        return replace(self, cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), columns=columns, steps=())
 
     def unpack(self, name: str) -> list[Column]:
         """A column of each sample in Sample alignment (rolled back), e.g. to write advantages beside the tokens."""

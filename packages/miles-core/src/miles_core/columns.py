@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -88,12 +88,11 @@ class Ragged:
 class Blob:
     """Named tensors addressed by what is in them; samples of a group share one object (an image that all of them see)."""
 
-    tensors: dict[str, np.ndarray]
-    key: str = ""
+    tensors: dict[str, np.ndarray] = field(compare=False)
+    key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.key:
-            object.__setattr__(self, "key", self._hash())
+        object.__setattr__(self, "key", self._hash())
 
     def _hash(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -130,7 +129,7 @@ COLUMNS: dict[str, ColumnSpec] = {}
 
 def register_column(spec: ColumnSpec) -> ColumnSpec:
     """Add a column to the table. Declaring the same column twice alike is harmless; differently is an error."""
-    if COLUMNS.get(spec.name, spec) != spec:
+    if repr(COLUMNS.get(spec.name, spec)) != repr(spec):  # by repr: two NaN fills are alike, though NaN ≠ NaN
         raise DataError(f"column {spec.name!r} is declared twice and differently: {COLUMNS[spec.name]} and {spec}. Rename one.")
     COLUMNS[spec.name] = spec
     return spec
@@ -152,7 +151,9 @@ for _spec in (
     ColumnSpec("versions", "token", ("int32",), -1, doc="weight version that sampled token t; −1: not sampled"),
     ColumnSpec("loss_mask", "token", ("bool",), False, doc="token t is a training target"),
     _float("logprobs", "behaviour log-probability under the distribution token t was sampled from; NaN: not sampled"),
-    ColumnSpec("routing", "token", ("uint8", "uint16"), None, trailing=2, rolled=False, doc="experts [L_moe, K] chosen when token t was the input"),
+    ColumnSpec(
+        "routing", "token", ("uint8", "uint16"), None, trailing=2, rolled=False, doc="experts [L_moe, K] chosen when token t was the input"
+    ),
     ColumnSpec("advantages", "token", ("float32", "float64"), 0.0, doc="advantage of token t"),
     _float("old_logprobs", "log-probability under the weights before the first optimizer step of this batch"),
     _float("ref_logprobs", "log-probability under the reference model"),
@@ -189,6 +190,11 @@ def slice_column(spec: ColumnSpec, column: Column, start: int, end: int) -> Colu
 
 def concat_columns(spec: ColumnSpec, columns: Sequence[Column]) -> Column:
     """One column after another; all of one dtype and trailing shape."""
+    if spec.kind != "attachment":
+        arrays = [c.values if isinstance(c, Ragged) else c for c in columns if not isinstance(c, Attachments)]
+        forms = {f"{a.dtype.name} {list(a.shape[1:])}" for a in arrays}
+        if len(forms) > 1:
+            raise DataError(f"column {spec.name!r}: cannot concatenate different dtypes or trailing shapes: {', '.join(sorted(forms))}")
     if spec.kind == "ragged":
         parts = [c for c in columns if isinstance(c, Ragged)]
         shifts = np.cumsum([0] + [len(c.values) for c in parts])
@@ -202,9 +208,6 @@ def concat_columns(spec: ColumnSpec, columns: Sequence[Column]) -> Column:
             items += [Attachment(a.start + length, a.end + length, a.blob) for a in column.items]
             length += column.length
         return Attachments(tuple(items), length)
-    shapes = {(c.dtype.name, c.shape[1:]) for c in columns if isinstance(c, np.ndarray)}
-    if len(shapes) > 1:
-        raise DataError(f"column {spec.name!r}: cannot concatenate different dtypes or trailing shapes: {sorted(map(str, shapes))}")
     return np.concatenate(columns)  # ty: ignore[no-matching-overload]
 
 
@@ -222,7 +225,7 @@ def take_rows(spec: ColumnSpec, column: Column, rows: np.ndarray) -> Column:
 def empty_column(spec: ColumnSpec, length: int, like: Column | None = None) -> Column:
     """A column of ``length`` tokens in which nothing was recorded, with the dtype and trailing shape of ``like``."""
     if spec.kind == "ragged":
-        values = like.values[:0] if isinstance(like, Ragged) else np.zeros(0, spec.dtypes[0])
+        values = like.values[:0] if isinstance(like, Ragged) else np.zeros((0,) * (1 + spec.trailing), spec.dtypes[0])
         return Ragged(values, np.zeros(length + 1, np.int64))
     if spec.kind == "attachment":
         return Attachments((), length)
@@ -241,14 +244,17 @@ def check_column(spec: ColumnSpec, column: Column, length: int) -> str | None:
     if isinstance(column, Attachments):
         for a in column.items:
             if not 0 <= a.start < a.end <= length:
-                return f"has an attachment over [{a.start}, {a.end}), outside [0, {length})"
-        return None
+                return f"has an attachment over [{a.start}, {a.end}), empty or outside [0, {length})"
+        spans = [(a.start, a.end) for a in column.items]
+        return None if spans == sorted(spans) else f"has attachments out of order: {spans}"
     values = column.values if isinstance(column, Ragged) else column
     if values.dtype.name not in spec.dtypes:
         return f"has dtype {values.dtype}, expected {' or '.join(spec.dtypes)}"
     if values.ndim != 1 + spec.trailing:
         return f"has shape {list(values.shape)}, expected {1 + spec.trailing} axes"
     if isinstance(column, Ragged):
+        if column.offsets.dtype != np.int64:
+            return f"has offsets of dtype {column.offsets.dtype}, expected int64"
         steps = np.diff(column.offsets)
         if column.offsets[0] != 0 or column.offsets[-1] != len(values) or (steps < 0).any():
             return f"has offsets that do not rise from 0 to {len(values)}"

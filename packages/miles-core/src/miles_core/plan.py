@@ -28,7 +28,8 @@ def optimizer_steps(batch: Batch, unit: Unit, *, epochs: int, minibatches: int, 
     units = units_of(batch, unit)
     names = np.unique(units)
     if len(names) < minibatches:
-        raise ConfigError(f"minibatches is {minibatches}, but the batch holds only {len(names)} units ({unit}); lower it or train on more groups")
+        found = f"the batch holds only {len(names)} units ({unit})"
+        raise ConfigError(f"minibatches is {minibatches}, but {found}; lower it or train on more groups")
     steps = []
     for epoch in range(epochs):
         order = names if minibatches == 1 else generator("optimizer_steps", epoch, *seed_parts).permutation(names)

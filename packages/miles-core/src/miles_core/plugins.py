@@ -16,10 +16,11 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, SerializeAsAny, create_model
@@ -39,7 +40,7 @@ class PluginConfig(BaseModel):
     point: ClassVar[str] = ""
     target: ClassVar[str] = ""
     """``module:attribute`` that ``build`` imports: a function (gets the options as keyword arguments) or a class
-    (gets this config and the BuildContext)."""
+    (gets this config and the BuildContext; at a ``per_use`` point the options, for each use anew)."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Columns it reads that somebody else must give."""
     gives: ClassVar[frozenset[str]] = frozenset()
@@ -52,17 +53,31 @@ class PluginConfig(BaseModel):
         skip = {"use", *POINTS[self.point].config_base.model_fields}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in skip}
 
+    def required(self) -> frozenset[str]:
+        """What it needs with these options; ``needs`` unless they matter."""
+        return self.needs
+
+    def provided(self) -> frozenset[str]:
+        """What it gives with these options; ``gives`` unless they matter."""
+        return self.gives
+
+    def problems(self, stage: Any) -> list[str]:
+        """What is wrong with these options in this ``StageConfig``, each a sentence. Called by ``miles check``, torch-free."""
+        return []
+
     def build(self, context: BuildContext) -> Any:
         """Import the target, bind the options and check the result against the point's Protocol."""
-        origin = f"{self.point} {self.use!r} ({self.target})"
+        point, origin = POINTS[self.point], f"{self.point} {self.use!r} of {origin_of(self.point, self.use)}, target {self.target},"
         try:
             target = import_object(self.target)
         except MilesError:
             raise
         except Exception as error:
             raise PluginError(f"{origin} does not import: {_import_advice(error)}") from error
+        if point.per_use:
+            return factory(target, self.options(), point, origin)
         built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
-        check_protocol(built, POINTS[self.point], origin)
+        check_protocol(built, point, origin)
         return built
 
 
@@ -130,19 +145,23 @@ def decorator(point: str) -> Callable[..., Any]:
 
 
 def import_object(path: str) -> Any:
-    """What ``module:attribute`` names. A module may also be a file beside the recipe or in the working directory."""
+    """What ``module:attribute`` names."""
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise PluginError(f"{path!r} is not of the form module:attribute")
-    working_directory = str(Path.cwd())
-    if working_directory not in sys.path:
-        sys.path.append(working_directory)
     module = importlib.import_module(module_name)
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
         names = [n for n in vars(module) if not n.startswith("_")]
         raise PluginError(f"module {module_name!r} has no {attribute!r}.{did_you_mean(attribute, names)}") from None
+
+
+def add_import_directories(directories: Iterable[str | Path]) -> None:
+    """Let ``module:attribute`` name modules in these directories and in the working directory (after everything installed)."""
+    for directory in (*directories, Path.cwd()):
+        if str(directory) not in sys.path:
+            sys.path.append(str(directory))
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -165,14 +184,23 @@ def find_all(point: str) -> dict[str, Found]:
     """Every plug-in of a point by name: entry points of installed packages, then decorated objects of this process."""
     found: dict[str, Found] = {}
     for entry in metadata.entry_points(group=f"miles.{point}"):
-        origin = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
+        origin = f"{package} ({entry.value})"
         if entry.name in found and found[entry.name].origin != origin:
             raise PluginError(f"{point} {entry.name!r} is registered by both {found[entry.name].origin} and {origin}; uninstall one")
-        found[entry.name] = Found(point, entry.name, f"{origin} ({entry.value})", entry.load)
+        found[entry.name] = Found(point, entry.name, origin, entry.load)
     for (decorated_point, name), obj in _DECORATED.items():
         if decorated_point == point:
             found[name] = Found(point, name, f"decorated in {obj.__module__}", lambda obj=obj: obj)
     return found
+
+
+def origin_of(point: str, use: str) -> str:
+    """Where the plug-in that ``use`` names comes from: package and version, or module."""
+    if ":" in use:
+        return f"module {use.split(':')[0]}"
+    found = find_all(point).get(use)
+    return found.origin if found else "this process"
 
 
 def config_class(point: str, use: str) -> type[PluginConfig]:
@@ -182,7 +210,7 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
         PluginError: It is not registered, does not import, or is registered for another point. Names package, version, reason, fix.
     """
     if ":" in use:
-        origin, load = f"module {use.split(':')[0]}", functools.partial(import_object, use)
+        origin, load = origin_of(point, use), functools.partial(import_object, use)
     else:
         known = find_all(point)
         if use not in known:
@@ -201,33 +229,45 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
         if obj.point != point:
             raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
         return obj
-    if not callable(obj):
+    if not (inspect.isroutine(obj) or inspect.isclass(obj)):
         raise PluginError(f"{point} {use!r} of {origin} is a {type(obj).__name__}; expected a function, a class or a PluginConfig")
     return _config_from_signature(point, use, obj)
 
 
 def _config_from_signature(point: str, use: str, obj: Callable[..., Any]) -> type[PluginConfig]:
     """Options from the keyword-only arguments of a plain function or class."""
-    try:
-        hints = get_type_hints(obj.__init__ if inspect.isclass(obj) else obj)
-    except NameError:
-        hints = {}  # annotations that exist for type checkers only
-    fields: dict[str, Any] = {}
-    for parameter in inspect.signature(obj).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            default = ... if parameter.default is parameter.empty else parameter.default
-            fields[parameter.name] = (hints.get(parameter.name, Any), default)
+    base = _PlainConfig.of(POINTS[point].config_base)
+    options = [p for p in inspect.signature(obj).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option.name in base.model_fields or hasattr(base, option.name) or option.name.startswith("_"):
+            raise PluginError(f"{point} {use!r}: its option {option.name!r} has a name that is taken (or private); rename the argument")
+    types = _option_types(point, use, obj, options)
+    fields: dict[str, Any] = {p.name: (types.get(p.name, Any), ... if p.default is p.empty else p.default) for p in options}
     declared = getattr(obj, "__miles__", {})
     try:
-        made = create_model(f"{use}_config", __base__=_PlainConfig.of(POINTS[point].config_base), **fields)
+        made = create_model(f"{use}_config", __base__=base, **fields)
     except PydanticUserError as error:
         raise PluginError(f"{point} {use!r}: the type of one of its options is not one a recipe can hold: {error}") from error
     made.point, made.plain = point, staticmethod(obj)  # ty: ignore
     for name, value in declared.items():
         if name not in ("needs", "gives", "unit"):
             raise PluginError(f"{point} {use!r} declares {name!r}; a decorator takes name, needs, gives and (for rewards) unit")
+        if name == "unit" and value not in ("sample", "group", "batch"):
+            raise PluginError(f"{point} {use!r} declares unit {value!r}; expected sample, group or batch")
         setattr(made, name, frozenset(value) if name != "unit" else value)
     return made
+
+
+def _option_types(point: str, use: str, obj: Callable[..., Any], options: list[inspect.Parameter]) -> dict[str, Any]:
+    """Types of the options alone: what else the signature names may exist for type checkers only."""
+    function = inspect.unwrap(obj.__init__ if inspect.isclass(obj) else obj)
+    annotated = SimpleNamespace(__annotations__={p.name: p.annotation for p in options if p.annotation is not p.empty})
+    try:
+        return get_type_hints(annotated, globalns=getattr(function, "__globals__", {}), include_extras=True)
+    except NameError as error:
+        raise PluginError(
+            f"{point} {use!r}: the type of one of its options cannot be read ({error}); import it outside TYPE_CHECKING"
+        ) from None
 
 
 class _PlainConfig:
@@ -240,18 +280,22 @@ class _PlainConfig:
 
             def build(self, context: BuildContext) -> Any:
                 obj, point = type(self).plain, POINTS[self.point]
-                origin = f"{self.point} {self.use!r} ({inspect.getmodule(obj).__name__}:{obj.__qualname__})"  # ty: ignore
-                if not inspect.isclass(obj):
-                    check_protocol(obj, point, origin)
-                    return functools.partial(obj, **self.options())
+                origin = f"{self.point} {self.use!r} of {origin_of(self.point, self.use)} ({obj.__module__}:{obj.__qualname__})"
                 if point.per_use:
-                    check_protocol(obj, point, origin)
-                    return functools.partial(obj, **self.options())
-                built = obj(**self.options())
+                    return factory(obj, self.options(), point, origin)
+                built = obj(**self.options()) if inspect.isclass(obj) else functools.partial(obj, **self.options())
                 check_protocol(built, point, origin)
                 return built
 
         return Plain
+
+
+def factory(obj: Any, options: dict[str, Any], point: Point, origin: str) -> Callable[[], Any]:
+    """Makes a new one for each use, from a class that keeps the point's Protocol."""
+    if not inspect.isclass(obj):
+        raise PluginError(f"{origin} is a {type(obj).__name__}; a {point.name} is a class, an instance is made for each use")
+    check_protocol(obj, point, origin)
+    return functools.partial(obj, **options)
 
 
 def _import_advice(error: Exception) -> str:
@@ -285,7 +329,9 @@ def check_protocol(obj: Any, point: Point, origin: str) -> None:
     Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (a sync function
     may stand for a Reward's and vice versa).
     """
-    members = {n: m for c in point.protocol.__mro__ for n, m in vars(c).items() if inspect.isfunction(m) and c.__module__ == protocols.__name__}
+    members = {
+        n: m for c in point.protocol.__mro__ for n, m in vars(c).items() if inspect.isfunction(m) and c.__module__ == protocols.__name__
+    }
     for name, wanted in members.items():
         if name.startswith("_") and name not in ("__call__", "__len__", "__getitem__"):
             continue
@@ -298,7 +344,9 @@ def check_protocol(obj: Any, point: Point, origin: str) -> None:
         if not inspect.isroutine(function) and not inspect.isclass(function):
             function = function.__call__
         if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(wanted) and point.name != "reward":
-            raise PluginError(f"{origin}: {name} must be {'async' if inspect.iscoroutinefunction(wanted) else 'a plain function'}: {signature}")
+            raise PluginError(
+                f"{origin}: {name} must be {'async' if inspect.iscoroutinefunction(wanted) else 'a plain function'}: {signature}"
+            )
         unbound = inspect.isclass(obj)
         try:
             inspect.signature(method).bind(*([None] if unbound else []), *(None for p in arguments if p.kind is not p.KEYWORD_ONLY))

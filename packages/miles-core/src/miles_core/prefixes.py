@@ -9,10 +9,10 @@ from .sample import Sample
 
 
 def common_prefix(a: Sample, b: Sample) -> int:
-    """Number of leading tokens that are the same tokens: same ids and, where sampled, same version and logprob to the bit."""
+    """Number of leading tokens that are the same tokens: same ids and, where sampled, same version and logprob."""
     n = min(len(a), len(b))
     same = (a.tokens[:n] == b.tokens[:n]) & (a.versions[:n] == b.versions[:n])
-    same &= a.logprobs[:n].view(np.int32) == b.logprobs[:n].view(np.int32)
+    same &= (a.logprobs[:n] == b.logprobs[:n]) | (a.versions[:n] < 0)
     return n if same.all() else int(np.argmin(same))
 
 

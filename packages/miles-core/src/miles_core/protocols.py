@@ -299,6 +299,28 @@ class RolloutContext:
     evaluating: bool = False
 
 
+@dataclass(frozen=True)
+class Players:
+    """Who samples in a stage.
+
+    Attributes:
+        run, seed: Of the run.
+        policies: Names, the main one first.
+        engines, tokenizers, vocab_sizes: By policy.
+    """
+
+    run: str
+    seed: int
+    policies: tuple[str, ...]
+    engines: Mapping[str, RolloutEngine]
+    tokenizers: Mapping[str, Tokenizer]
+    vocab_sizes: Mapping[str, int]
+
+    def context(self, group: str, epoch: int, *, evaluating: bool = False) -> RolloutContext:
+        """What the rollout function of one group gets."""
+        return RolloutContext(self.run, self.seed, epoch, group, self.policies, self.engines, self.tokenizers, evaluating)
+
+
 class Rollout(Protocol):
     """A whole group: everything between a prompt and the samples it gives. Writing one is all a new task type needs."""
 
@@ -422,6 +444,9 @@ class StepReport:
 class Trainer(WeightSource, Protocol):
     """Holds a model's weights and optimizer. One call at a time."""
 
+    version: int
+    """Version of the weights it holds; set by the loop after each publish."""
+
     async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with the columns added that this model is asked for (``old_logprobs``, ``ref_logprobs``, ``values`` …), rolled."""
         ...
@@ -467,11 +492,19 @@ class Tracker(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluator found: metrics by name (``avg@4``), and the samples it looked at (written beside the trajectories)."""
+
+    metrics: dict[str, float]
+    samples: list[Sample] = field(default_factory=list)
+
+
 class Evaluator(Protocol):
     """Measures a policy on data of its own."""
 
-    async def evaluate(self, context: Any) -> dict[str, float]:
-        """Metrics by name, e.g. ``avg@4``; ``context`` is an ``evaluation.EvaluationContext``."""
+    async def evaluate(self, players: Players) -> Evaluation:
+        """Evaluate the weights that the engines of ``players`` serve."""
         ...
 
 
@@ -490,6 +523,7 @@ class BuildContext:
         aggregation: Built aggregation (for a trainer).
         device: ``cpu`` or ``cuda``.
         total_steps: Calls of ``Trainer.step`` in this stage (for schedules).
+        stage: The ``StageConfig`` it is built for.
     """
 
     run_dir: Path
@@ -502,3 +536,4 @@ class BuildContext:
     aggregation: Aggregation | None = None
     device: str = "cpu"
     total_steps: int = 0
+    stage: Any = None

@@ -59,9 +59,7 @@ class SampleRef:
         sampled = sample.versions[sample.versions >= 0]
         span = (int(sampled.min()), int(sampled.max())) if len(sampled) else (-1, -1)
         trained = int(sample.loss_mask.sum())
-        return SampleRef(
-            sample.id, len(sample), len(sampled), trained, sample.reward, span, sample.status, handle or InlineHandle(sample)
-        )
+        return SampleRef(sample.id, len(sample), len(sampled), trained, sample.reward, span, sample.status, handle or InlineHandle(sample))
 
     def get(self) -> Sample:
         """The sample."""

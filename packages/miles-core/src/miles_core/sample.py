@@ -16,12 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import Attachments, Column, Ragged, check_column, column_spec, concat_columns, empty_column, slice_column
+from .columns import COLUMNS, Attachments, Column, Ragged, check_column, column_spec, concat_columns, empty_column, slice_column
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from .refs import SampleRef
 
 
 class Status(StrEnum):
@@ -80,16 +83,15 @@ class SamplingSpan:
     grammar: str | None = None
 
     @property
+    def penalised(self) -> bool:
+        """Whether logits were changed by what had been said before; no recorded support rebuilds that."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def unrestricted(self) -> bool:
         """Whether every token could be drawn with its softmax probability at this temperature."""
-        return (
-            self.temperature > 0
-            and self.top_p >= 1
-            and self.top_k == 0
-            and self.min_p == 0
-            and self.grammar is None
-            and (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
-        )
+        whole = self.top_p >= 1 and self.top_k == 0 and self.min_p == 0 and self.grammar is None
+        return whole and self.temperature > 0 and not self.penalised
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ class Sample:
         return out
 
     def slice(self, start: int, end: int) -> Sample:
-        """Tokens ``start`` to ``end`` as a sample of its own; spans and turns are clipped."""
+        """Tokens ``start`` to ``end`` (0 ≤ start < end ≤ T) as a sample of its own; spans and turns are clipped."""
+        if not 0 <= start < end <= len(self):
+            raise DataError(f"sample {self.id}: cannot cut out tokens [{start}, {end}) of {len(self)}")
         columns = {n: slice_column(column_spec(n), c, start, end) for n, c in self.columns.items()}
 
         def clip(items: Iterable[Any]) -> list[Any]:
@@ -237,6 +241,8 @@ class Sample:
         if len(self) == 0:
             yield "column 'tokens' is empty; a sample has at least one token"
         for name, column in self.columns.items():
+            if name not in COLUMNS:
+                yield f"column {name!r} is not declared; known: {', '.join(COLUMNS)}. A plug-in declares new ones with register_column"
             if problem := check_column(column_spec(name), column, len(self)):
                 yield f"column {name!r} {problem}"
         yield from self._token_problems(vocab_size)
@@ -255,13 +261,15 @@ class Sample:
         if (self.versions < -1).any():
             yield f"column 'versions' holds {self.versions.min()}; −1 means not sampled, versions start at 0"
         if sampled[0] or self.loss_mask[0]:
-            yield "token 0 is marked sampled or trained, but nothing predicts the first token; start with a prompt or a BOS token"
+            column = "versions" if sampled[0] else "loss_mask"
+            yield f"column {column!r} marks token 0, but nothing predicts the first token; start with a prompt or a BOS token"
         wrong = np.flatnonzero(np.isnan(self.logprobs) == sampled)
         if len(wrong):
             found = "NaN though the token was sampled" if sampled[wrong[0]] else "a number though the token was not sampled"
             yield f"column 'logprobs' is {found} at index {wrong[0]} (versions there: {self.versions[wrong[0]]})"
-        if (self.logprobs[sampled] > 1e-4).any():
-            yield f"column 'logprobs' holds {np.nanmax(self.logprobs):.4g}; a log-probability is at most 0"
+        wrong = np.flatnonzero(sampled & ((self.logprobs > 1e-4) | np.isinf(self.logprobs)))
+        if len(wrong):
+            yield f"column 'logprobs' holds {self.logprobs[wrong[0]]:.4g} at index {wrong[0]}; a log-probability is finite and at most 0"
         routing = self.columns.get("routing")
         if isinstance(routing, np.ndarray) and (routing[-1] != np.iinfo(routing.dtype).max).any():
             yield "column 'routing' has a recorded last row; token T−1 was never an input, its row must be the sentinel"
@@ -285,16 +293,29 @@ class Sample:
             covered[here] = True
             if not trained[here].any():
                 continue
+            where = f"column 'loss_mask' trains tokens of the span [{span.start}, {span.end})"
             if span.temperature <= 0:
-                yield f"trains tokens of the span [{span.start}, {span.end}) sampled greedily; RL needs temperature > 0"
-            elif not span.unrestricted and "support" not in self.columns:
-                yield (
-                    f"trains tokens of the span [{span.start}, {span.end}) whose support was restricted (top_p, top_k, min_p, "
-                    "penalties or grammar) without a 'support' column; record it or sample unrestricted"
-                )
+                yield f"{where} sampled greedily; RL needs temperature > 0"
+            elif span.penalised:
+                yield f"{where} sampled with penalties, a distribution the trainer cannot rebuild; sample without"
+            elif not span.unrestricted:
+                lacking = span.start + np.flatnonzero(trained[here] & ~self._in_support()[here])
+                if len(lacking):
+                    yield (
+                        f"{where} whose support was restricted (top_p, top_k, min_p or grammar), but column 'support' does not hold "
+                        f"the sampled token {self.tokens[lacking[0]]} at index {lacking[0]}; record it or sample unrestricted"
+                    )
         bare = np.flatnonzero(trained & ~covered)
         if len(bare):
             yield f"column 'loss_mask' trains index {bare[0]}, which no sampling span covers"
+
+    def _in_support(self) -> np.ndarray:
+        """bool [T]: whether the recorded support of token t holds token t; False without a 'support' column."""
+        support = self.columns.get("support")
+        if not isinstance(support, Ragged):
+            return np.zeros(len(self), bool)
+        owner = np.repeat(np.arange(len(self)), np.diff(support.offsets))
+        return np.bincount(owner, weights=support.values == self.tokens[owner], minlength=len(self)) > 0
 
 
 @dataclass
@@ -311,12 +332,16 @@ class Group:
             out.setdefault(sample.id.trajectory, []).append(sample)
         return out
 
-    def rewards(self) -> list[float]:
-        """One reward a trajectory; several samples of a trajectory must agree or be partly unset."""
-        return [trajectory_reward(samples) for samples in self.trajectories().values()]
+    def rewards(self) -> dict[str, list[float]]:
+        """For each policy, one reward a trajectory; several samples of a trajectory must agree or be partly unset."""
+        out: dict[str, list[float]] = {}
+        for samples in self.trajectories().values():
+            for policy in dict.fromkeys(s.id.policy for s in samples):
+                out.setdefault(policy, []).append(trajectory_reward([s for s in samples if s.id.policy == policy]))
+        return out
 
 
-def trajectory_reward(samples: Sequence[Sample]) -> float:
+def trajectory_reward(samples: Sequence[Sample | SampleRef]) -> float:
     """The one reward of a trajectory's samples of one policy."""
     rewards = {s.reward for s in samples if s.reward is not None}
     if len(rewards) != 1:

@@ -1,7 +1,8 @@
-"""Samples in a safetensors file (never pickle): columns end to end, scalars in the header as JSON.
+"""Samples in a safetensors file (never pickle): columns end to end, scalars as JSON in the tensor ``samples`` (uint8).
 
 Tensors are named ``column#variant`` (a variant is one dtype and trailing shape), ragged ones with ``.values`` and
-``.offsets``, attachments by ``blob.KEY.NAME``: an image that sixteen samples share is written once.
+``.offsets``, attachments by ``blob.KEY.NAME``: an image that sixteen samples share is written once. The header holds the
+format and a hash of all tensors, so that a damaged file is known as one.
 """
 
 from __future__ import annotations
@@ -17,47 +18,59 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .columns import Attachment, Attachments, Blob, Column, Ragged, column_spec, concat_columns
-from .errors import DataError
+from .columns import COLUMNS, Attachment, Attachments, Blob, Column, Ragged, column_spec, concat_columns
+from .errors import DataError, RunError
 from .sample import Sample, SampleId, SamplingSpan, Status, Turn
 
 FORMAT = "miles-samples-1"
 
 
 def save_samples(path: str | Path, samples: Sequence[Sample]) -> None:
-    """Write samples to ``path``, whole or not at all (a temporary file, then a rename)."""
+    """Write samples to ``path``, whole or not at all (a temporary file, then a rename).
+
+    Raises:
+        DataError: A sample's metadata, label or other scalar cannot be written as JSON.
+        RunError: The file cannot be written (disk full, no such directory).
+    """
     tensors: dict[str, np.ndarray] = {}
     parts: dict[str, list[Column]] = {}
-    headers = []
+    headers: list[str] = []
     for sample in samples:
         placed = {}
         for name, column in sample.columns.items():
             if isinstance(column, Attachments):
                 placed[name] = [[a.start, a.end, a.blob.key] for a in column.items]
                 for a in column.items:
-                    tensors |= {f"blob.{a.blob.key}.{n}": np.ascontiguousarray(t) for n, t in a.blob.tensors.items()}
+                    tensors |= {f"blob.{a.blob.key}.{n}": np.asarray(t, order="C") for n, t in a.blob.tensors.items()}
             else:
                 variant = _variant(name, column)
                 placed[name] = variant
                 parts.setdefault(variant, []).append(column)
-        headers.append(_header(sample) | {"columns": placed})
+        try:
+            headers.append(json.dumps(_header(sample) | {"columns": placed}))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"sample {sample.id}: its metadata, label or another of its scalars is not JSON ({error})") from error
     for variant, columns in parts.items():
         whole = concat_columns(column_spec(variant.split("#")[0]), columns)
         if isinstance(whole, Ragged):
             tensors |= {f"{variant}.values": whole.values, f"{variant}.offsets": whole.offsets}
         elif isinstance(whole, np.ndarray):
             tensors[variant] = np.ascontiguousarray(whole)
+    tensors["samples"] = np.frombuffer(f"[{','.join(headers)}]".encode(), np.uint8)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT, "samples": json.dumps(headers)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "hash": Blob(tensors).key})
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: samples cannot be written ({error}). Is there room on the disk?") from error
 
 
 def load_samples(path: str | Path) -> list[Sample]:
     """Read what ``save_samples`` wrote.
 
     Raises:
-        DataError: The file is missing, truncated or of another format.
+        DataError: The file is missing, truncated, damaged, of another format, or holds a column that is not declared.
     """
     try:
         with safe_open(path, "np") as file:
@@ -67,9 +80,15 @@ def load_samples(path: str | Path) -> list[Sample]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: cannot be read as samples ({error}). Is it complete?") from error
+    if Blob(tensors).key != metadata["hash"]:
+        raise DataError(f"{path}: damaged, its tensors are not those that were written. Restore it from a copy")
+    headers = json.loads(tensors["samples"].tobytes())
+    undeclared = sorted({name for header in headers for name in header["columns"]} - COLUMNS.keys())
+    if undeclared:
+        raise DataError(f"{path}: its column {undeclared[0]!r} is not declared; import the plug-in that declares it with register_column")
     blobs = _blobs(tensors)
     cursor: dict[str, int] = {}
-    return [_sample(header, tensors, blobs, cursor) for header in json.loads(metadata["samples"])]
+    return [_sample(header, tensors, blobs, cursor) for header in headers]
 
 
 def _variant(name: str, column: np.ndarray | Ragged) -> str:
@@ -95,11 +114,7 @@ def _blobs(tensors: dict[str, np.ndarray]) -> dict[str, Blob]:
         if name.startswith("blob."):
             _, key, tensor_name = name.split(".", 2)
             found.setdefault(key, {})[tensor_name] = tensor
-    blobs = {key: Blob(named) for key, named in found.items()}
-    for key, blob in blobs.items():
-        if blob.key != key:
-            raise DataError(f"attachment {key} holds other bytes than its name says (hash {blob.key}); the file is damaged")
-    return blobs
+    return {key: Blob(named) for key, named in found.items()}
 
 
 def _sample(header: dict[str, Any], tensors: dict[str, np.ndarray], blobs: dict[str, Blob], cursor: dict[str, int]) -> Sample:

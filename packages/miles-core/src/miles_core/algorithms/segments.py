@@ -3,8 +3,10 @@
 Two kinds of result, never mixed up:
 
 * ``sum`` / ``mean`` *per sequence*, *per trajectory* or *global* are complete: under context and data parallelism the ranks
-  add up their parts (differentiable: the gradient of a sum over ranks is each rank's own part, so parameter gradients are
-  summed, not averaged, over ranks).
+  add up their parts. Differentiable: the loss is the sum of all ranks' ``share``, so the gradient of a sum over ranks is summed
+  over the ranks too, and parameter gradients are summed, not averaged. Every rank must call them, and run backward, alike.
+  They are complete over ranks, not over micro-batches: a loss may use what its micro-batch holds whole (its sequences, and
+  trajectories where the unit keeps them together); *global* ones belong to whole batches.
 * ``share`` is this part's exact share of a weighted sum over the whole optimizer step: shares of all micro-batches and ranks
   add up to the loss. The weights come from the step's denominators alone, so no communication is needed.
 """
@@ -25,17 +27,20 @@ Per = Literal["sequence", "trajectory", "global"]
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose result every rank uses alike: backward hands each rank's part the gradient unchanged."""
+    """All-reduce, forward and backward: the loss is the sum of the ranks' shares, and each of them may use every rank's part."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         x = x.clone()
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
 
 
 def _sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -118,7 +123,7 @@ class SegmentOps:
             x: [N].
             per: ``sequence`` → [S]; ``trajectory`` → [n_trajectories]; ``global`` → scalar.
         """
-        x = torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))  # not x * mask: NaN × 0 is NaN
+        x = self._trained(x)
         if per == "global":
             return _sum_over(_sum_over(x.sum(), self.cp), self.dp)
         if per == "sequence":
@@ -146,4 +151,7 @@ class SegmentOps:
             x: [N], e.g. the loss of each row.
             weights: [N], an aggregation's weights (they sum to 1 over the step for a mean).
         """
-        return torch.where(self.mask, x * weights, torch.zeros((), dtype=x.dtype, device=x.device)).sum()
+        return (self._trained(x) * self._trained(weights)).sum()
+
+    def _trained(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))  # not x * mask: NaN × 0 is NaN

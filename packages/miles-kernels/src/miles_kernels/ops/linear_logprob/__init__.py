@@ -50,9 +50,9 @@ def linear_logprob(
     targets [T] is int64 in [0, V). temperature is a number or a float tensor [T], positive and finite, and gets no gradient.
 
     chunk is the number of rows of logits computed at a time; results do not depend on it beyond rounding. Without it the backend takes what
-    its byte budget allows (`reference.CHUNK_BYTES`). Extra memory is at most about three chunks of logits, and in the backward the
-    gradients themselves (that of weight is summed in the dtype of the maths). A row costs the same when its gradient is zero: leave rows
-    that are not wanted out of `hidden`.
+    its budget allows (`reference.CHUNK_BYTES`, at least `CHUNK_ROWS`). Extra memory is at most about three such chunks of logits, and in
+    the backward the gradients themselves (that of weight is summed in the dtype of the maths). A row costs the same when its gradient is
+    zero: leave rows that are not wanted out of `hidden`.
 
     T = 0 gives empty results and zero gradients. Gradients of gradients are not supported. ValueError on a wrong shape, dtype, device or
     value; on an accelerator, looking for values out of range waits for the device.

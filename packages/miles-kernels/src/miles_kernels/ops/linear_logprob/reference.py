@@ -1,7 +1,7 @@
 """linear_logprob in torch, chunk by chunk: runs on every device, and is what faster forms are compared with.
 
 Two buffers of [chunk, V] are made once a call and every step on them is in place. A weight narrower than the maths is cast a block at a
-time, no block larger than a chunk.
+time.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20
-"""Without `chunk`, a chunk of logits takes at most this many bytes, or one row: 1024 rows of 32,768 float32 logits, 220 of 151,936.
+CHUNK_BYTES, CHUNK_ROWS = 32 * 2**20, 256
+"""Without `chunk`, a chunk has the rows of logits that fit in these bytes, but no fewer than these rows: 256 × 151,936 are 148 MiB.
 
-On a CPU nothing is gained above about 256 rows; below, the backward slows down: each chunk passes over the whole gradient of weight.
+On a CPU more rows gain nothing, and fewer slow the backward down, as each chunk passes over the whole gradient of the weight. On a GPU ask
+for more, about 2048.
 """
 
 
@@ -88,7 +89,7 @@ def backward(
 
 def _chunks(rows: int, vocab: int, like: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of at most `chunk` rows, sizes within one of each other, and for each two [size, V] buffers, the same memory every time."""
-    chunk = min(chunk or max(1, CHUNK_BYTES // (vocab * like.element_size())), rows)
+    chunk = min(chunk or max(CHUNK_ROWS, CHUNK_BYTES // (vocab * like.element_size())), rows)
     count = -(-rows // chunk) if rows else 0
     z, p = (torch.empty(chunk, vocab, dtype=like.dtype, device=like.device) for _ in range(2))
     for i in range(count):
@@ -107,8 +108,8 @@ def _logits_(z: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, tem
 
 
 def _blocks(weight: Tensor, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the dtype of z: whole if it is that already, else in blocks of rows of at most as many elements as z."""
+    """The weight in the dtype of z: whole if it is that already, else in blocks of rows as large as z or CHUNK_BYTES, the larger."""
     vocab, width = weight.shape
-    size = vocab if weight.dtype == z.dtype else max(1, z.numel() // max(1, width))
+    size = vocab if weight.dtype == z.dtype else max(1, max(z.numel(), CHUNK_BYTES // z.element_size()) // max(1, width))
     for start in range(0, vocab, size):
         yield slice(start, start + size), weight[start : start + size].to(z.dtype)

@@ -37,7 +37,7 @@ SMALL_CASES = (
     Case(130, 24, 515, chunk=50, temperature=None, bias=True),
 )
 
-BENCHMARK_CASE = Case(2048, 512, 32768)
+BENCHMARK_CASE = Case(1024, 512, 32768)
 
 
 def flops(case: Case, backward: bool) -> int:

@@ -1,0 +1,48 @@
+"""``environment: calculator``: a sum, a calculator to call, and one point for the right answer.
+
+A trajectory, what the environment injects in brackets::
+
+    [47 + 58 - 12 ?] <call> 47 + 58 </call>[ <res> 105 </res>] <call> 105 - 12 </call>[ <res> 93 </res>] ans 93<eos>
+
+Each text is written with the ``WORDS`` below, so that a tiny model needs some twenty tokens and every number is spelt digit by digit.
+"""
+
+from __future__ import annotations
+
+import re
+
+from miles_core.protocols import Observation, Prompt
+
+from .arithmetic import evaluate, written
+
+WORDS = (*"0123456789", " + ", " - ", "-", " ?", " <call> ", " </call>", " <res> ", " </res>", " ans ", "error")
+"""Words for ``tokenizer: {kind: words, words: …}``, all that prompts, calls and results are written with."""
+
+CALL = re.compile(r"<call>([^<>]*)</call>\s*$")
+ANSWER = re.compile(r"\s*ans (-?\d{1,20})\s*(<[^<> ]+>)?\s*")  # the end-of-text token may follow
+
+
+class Calculator:
+    """Answers ``<call> 47 + 58 </call>`` with the result, or ``error``; anything else ends the trajectory: 1.0 for ``ans`` and the label, else 0."""
+
+    stop = ("</call>",)
+
+    async def reset(self, prompt: Prompt) -> Observation:
+        """The problem. Its label is the answer, a whole number."""
+        self._answer = int(prompt.label)
+        return Observation(prompt.text, reward=0.0, stop=self.stop)
+
+    async def step(self, action: str) -> Observation:
+        """The result of a call, or the end."""
+        if "</call>" in action:
+            return Observation(f" <res> {_result(action)} </res>", stop=self.stop)
+        answer = ANSWER.fullmatch(action)
+        return Observation(done=True, reward=float(answer is not None and int(answer[1]) == self._answer))
+
+
+def _result(action: str) -> str:
+    call = CALL.search(action)
+    try:
+        return written(evaluate(call[1])) if call else "error"
+    except ValueError:
+        return "error"

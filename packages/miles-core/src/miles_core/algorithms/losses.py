@@ -1,0 +1,35 @@
+"""Loss terms: pure functions of one micro-batch, a loss for each row; aggregation is somebody else's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ..protocols import LossInputs, LossOutputs
+
+
+def ppo_clip(
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, old: Literal["recompute", "rollout", "current"] = "recompute"
+) -> LossOutputs:
+    """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347), bounds apart as in DAPO (Yu et al. 2025, arXiv:2503.14476).
+
+    ``ρ = exp(logp − logp_old)``, ``loss = −min(ρ·A, clip(ρ, 1 − clip_low, 1 + clip_high)·A)``. Rows: [N].
+
+    Metrics: ``clip_fraction`` (the clipped branch is the smaller one), ``kl`` (k3 of old against new, never negative).
+    """
+    columns = inputs.columns
+    previous = {"recompute": "old_logprobs", "rollout": "logprobs"}
+    old_logprobs = inputs.logprobs.detach() if old == "current" else columns[previous[old]]
+    advantages = columns["advantages"].to(inputs.logprobs.dtype)
+    log_ratio = inputs.logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    with torch.no_grad():
+        metrics = {"clip_fraction": (clipped < plain).to(ratio.dtype), "kl": torch.expm1(log_ratio) - log_ratio}
+    return LossOutputs(-torch.minimum(plain, clipped), metrics)
+
+
+def nll(inputs: LossInputs) -> LossOutputs:
+    """Negative log-likelihood of each trained token: ``−logp``. Rows: [N]."""
+    return LossOutputs(-inputs.logprobs)

@@ -1,0 +1,159 @@
+"""Building the parts of a stage from its configuration: models, engines, trainers, data, rollout, rewards, the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import cut
+from .buffer import Buffer
+from .config import ModelConfig, RunConfig, StageConfig
+from .cursor import Cursor
+from .hooks import Hooks
+from .learner import Learner
+from .loop import Loop
+from .models import materialize
+from .observer import Observer
+from .producer import Producer
+from .protocols import BuildContext, DataSource, Players, RolloutEngine, Tracker, Trainer
+from .run_dir import RunDir
+from .scoring import Scorer
+from .tokenizers import load_tokenizer
+from .waiting import deadline
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stage begins: its name, the steps of the run before it, and the cut to go on from, if any."""
+
+    stage: str
+    first_step: int
+    directory: Path | None = None
+    state: cut.CutState | None = None
+
+
+async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, observer: Observer) -> Loop:
+    """Build a stage; the trainers go on from the cut if there is one.
+
+    Raises:
+        MilesError: Whatever of it cannot be built.
+    """
+    observer.phase("build")
+    stage = config.stages[origin.stage]
+    base = BuildContext(run_dir.path, config.name, config.seed, device=device_of(config), total_steps=stage.steps, stage=stage)
+    data: DataSource = stage.data.build(base)
+    paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
+    tokenizers = {name: load_tokenizer(paths[name]) for name in stage.models}
+    contexts = {name: replace(base, model=name, model_path=paths[name], tokenizer=tokenizers[name]) for name in stage.models}
+    trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
+    if origin.directory is not None:
+        for name, trainer in trainers.items():
+            await trainer.load(origin.directory / "models" / name)
+    policies = tuple(name for name, model in stage.models.items() if model.role == "policy")
+    sampling = "engine" in stage.rollout.required() or bool(stage.evaluators)
+    configs = {p: e for p in policies if sampling and (e := stage.models[p].engine) is not None}
+    engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p, e in configs.items()}
+    players = Players(config.name, config.seed, policies, engines, tokenizers, {p: len(tokenizers[p]) for p in policies})
+
+    state = origin.state
+    buffer = Buffer(stage.groups, stage.max_staleness, stage.steps, first_version=origin.first_step)
+    producer = Producer(
+        buffer=buffer,
+        cursor=Cursor(data, config.seed, stage.shuffle),
+        rollout=stage.rollout.build(contexts[policies[0]]),
+        players=players,
+        scorer=Scorer(stage.rewards, base),
+        filters={n: f.build(base) for n, f in stage.group_filters.items()},
+        group_seconds=stage.deadlines.group,
+        on_group=lambda group: observer.progress(len(buffer.ready), stage.groups),
+    )
+    if state is not None and origin.directory is not None:
+        buffer.counts, buffer.ready = state.buffer_counts(), cut.read_ready(origin.directory, state)
+        producer.position, producer.reissue = state.position, list(state.in_flight)
+    return Loop(
+        name=origin.stage,
+        stage=stage,
+        run_dir=run_dir,
+        first_step=origin.first_step,
+        players=players,
+        learners=[build_learner(p, stage, trainers, config.seed, base) for p in policies],
+        trainers=trainers,
+        transports={p: stage.models[p].transport.build(contexts[p]) for p in policies},
+        buffer=buffer,
+        producer=producer,
+        evaluators={n: e.build(base) for n, e in stage.evaluators.items()},
+        trackers=trackers,
+        hooks=hooks,
+        observer=observer,
+        config_hash=cut.config_hash(config.to_yaml()),
+        keep=config.keep_checkpoints,
+        step=state.step if state else 0,
+        saved_step=state.step if state else -1,
+    )
+
+
+def device_of(config: RunConfig) -> str:
+    """``cpu`` or ``cuda``; auto takes CUDA where there is any."""
+    if config.device != "auto":
+        return config.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataSource) -> dict[str, Path]:
+    """Hugging Face directory that each model of a stage starts from: what the stage before exported, or made or fetched now.
+
+    A reference without a path starts as the policy it belongs to.
+    """
+    stage, directory = config.stages[stage_name], run_dir.models / stage_name
+    paths: dict[str, Path] = {}
+    for name, model in sorted(stage.models.items(), key=lambda item: item[1].role != "policy"):
+        own = directory / name
+        if (own / "config.json").is_file():
+            paths[name] = own
+        elif model.path is None and model.config is None:
+            paths[name] = paths[model.of or next(iter(paths))]
+        else:
+            tokenizer = model.tokenizer
+            paths[name] = materialize(model.path, model.config, tokenizer, texts_of(data), own, config.seed)
+    return paths
+
+
+def texts_of(data: DataSource) -> Iterator[str]:
+    """Everything a tokenizer can be trained on."""
+    for index in range(len(data)):
+        prompt = data[index]
+        yield prompt.text + "".join(p.text for p in prompt.demonstration)
+
+
+def build_trainer(model: ModelConfig, context: BuildContext) -> Trainer:
+    """A trainer with its loss terms and aggregation."""
+    losses = {name: loss.build(context) for name, loss in model.losses.items()}
+    return model.trainer.build(replace(context, losses=losses, aggregation=model.aggregation.build(context)))
+
+
+def build_learner(policy: str, stage: StageConfig, trainers: Mapping[str, Trainer], seed: int, context: BuildContext) -> Learner:
+    """A policy and its servants."""
+    servants = {n for n, m in stage.models.items() if m.role != "policy" and m.of in (None, policy)}
+    served = {n: t for n, t in trainers.items() if n == policy or n in servants}
+    advantage: Any = stage.models[policy].advantage
+    filters = {n: f.build(context) for n, f in stage.sample_filters.items()}
+    return Learner(policy, stage, served, advantage and advantage.build(context), filters, seed)
+
+
+async def close(loop: Loop) -> None:
+    """Give up engines and trainers, each within its deadline; every one is tried."""
+    seconds = loop.stage.deadlines.close
+    parts = [(f"engine of {n}", e) for n, e in loop.players.engines.items()] + [(f"trainer of {n}", t) for n, t in loop.trainers.items()]
+    errors = []
+    for who, part in parts:
+        try:
+            await deadline(part.close(), seconds, "the run", f"the {who} to close")
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

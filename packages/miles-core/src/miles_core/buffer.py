@@ -1,0 +1,126 @@
+"""The buffer between rollout and training, and the one knob from sync to fully asynchronous: ``max_staleness``.
+
+Kept by admission: a group is started only while ``started − dropped < (version + max_staleness + 1) × groups``. With 0 that is
+exact alternation; with k, what is trained is at most k versions old. The same counts bound the work in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from .errors import RunError
+from .refs import GroupRef
+from .waiting import deadline
+
+
+@dataclass
+class Counts:
+    """Groups of a stage since it began; part of a cut. ``version`` counts the stage's publishes."""
+
+    started: int = 0
+    dropped: int = 0
+    taken: int = 0
+    version: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Dropped groups by reason."""
+
+
+class Buffer:
+    """Groups that are ready, and who may start the next one.
+
+    Args:
+        groups: Groups a step takes.
+        max_staleness: In versions.
+        steps: Steps of the stage; nothing is started that could not be trained.
+        first_version: Weight version at the start of the stage.
+        first_step: Steps of the stage that are done (after a resume).
+    """
+
+    def __init__(self, groups: int, max_staleness: int, steps: int, *, first_version: int = 0):
+        self.groups, self.max_staleness, self.steps = groups, max_staleness, steps
+        self.first_version = first_version
+        self.counts = Counts()
+        self.ready: list[GroupRef] = []
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Condition()
+
+    async def admit(self) -> None:
+        """Wait until one more group may start, and count it as started."""
+        async with self._changed:
+            await self._changed.wait_for(self._may_start)
+            self.counts.started += 1
+
+    def _may_start(self) -> bool:
+        c = self.counts
+        reach = min(c.version + self.max_staleness + 1, self.steps)
+        return c.started - c.dropped < reach * self.groups
+
+    async def put(self, group: GroupRef) -> None:
+        """A group is complete and scored."""
+        async with self._changed:
+            self.ready.append(group)
+            self._changed.notify_all()
+
+    async def drop(self, reason: str) -> None:
+        """A group is not trained on; another may start in its place.
+
+        Raises:
+            RunError: So many were dropped that the filters will never let a batch through.
+        """
+        async with self._changed:
+            c = self.counts
+            c.dropped += 1
+            c.reasons[reason] = c.reasons.get(reason, 0) + 1
+            self._changed.notify_all()
+        if c.dropped > 50 * self.groups and c.dropped > 20 * (c.taken + len(self.ready)):
+            why = ", ".join(f"{r}: {n}" for r, n in sorted(c.reasons.items(), key=lambda item: -item[1]))
+            raise RunError(f"{c.dropped} of {c.started} groups were dropped ({why}). Relax the filter or change the data.")
+
+    async def fail(self, error: BaseException) -> None:
+        """The producer cannot go on; whoever takes is told."""
+        async with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    async def take(self, seconds: float) -> list[GroupRef]:
+        """The next step's groups, in the order of the data.
+
+        Raises:
+            RunError: They were not complete within ``seconds``, or a fresh token is older than ``max_staleness`` allows.
+        """
+        await deadline(
+            self._wait_ready(),
+            seconds,
+            "the loop",
+            f"{self.groups} groups ({len(self.ready)} were ready)",
+            "Raise deadlines.rollout, or look for a slow environment or reward.",
+        )
+        async with self._changed:
+            taken = sorted(self.ready[: self.groups], key=lambda g: g.position)
+            self.ready = self.ready[self.groups :]
+            self.counts.taken += len(taken)
+        self._assert_fresh(taken)
+        return taken
+
+    async def _wait_ready(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure is not None or len(self.ready) >= self.groups)
+        if self._failure is not None:
+            raise self._failure
+
+    def _assert_fresh(self, groups: list[GroupRef]) -> None:
+        now = self.first_version + self.counts.version
+        for ref in (r for g in groups for r in g.refs if r.sampled):
+            oldest_allowed = now - self.max_staleness
+            if ref.versions[1] < oldest_allowed or (self.max_staleness == 0 and ref.versions[0] < now):
+                raise RunError(
+                    f"sample {ref.id} was sampled by versions {ref.versions}, but version {now} with max_staleness {self.max_staleness} "
+                    f"takes none before {oldest_allowed}. This is a bug in admission or in an engine's version stamp."
+                )
+
+    async def published(self) -> None:
+        """Engines have the next version; more groups may start."""
+        async with self._changed:
+            self.counts.version += 1
+            self._changed.notify_all()

@@ -1,0 +1,194 @@
+"""The commands. Each reads its arguments, calls the library and prints; errors of Miles become sentences and exit code 1."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..config import RunConfig, resolve
+from ..errors import MilesError
+from ..run import Outcome, Run
+from ..run_dir import RunDir
+
+app = typer.Typer(
+    help="Post-train language models with reinforcement learning.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A bundled recipe's name (see `miles recipes`) or a YAML file.")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. seed=3 or model.trainer.lr=1e-4")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: OverridesArgument = None, json_: JsonOption = False) -> None:
+    """Start a run."""
+    _drive(resolve(recipe, overrides), None, json_)
+
+
+@app.command()
+def resume(run_dir: Annotated[Path, typer.Argument(help="The run's directory.")], json_: JsonOption = False) -> None:
+    """Go on with a run from its newest complete cut."""
+    directory = RunDir.open(run_dir)
+    _drive(RunConfig.from_resolved(directory.config), directory, json_)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Also build every part of the first stage (imports torch, loads the model).")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Resolve and validate a recipe, and show what it would do. Needs no torch."""
+    from ..check import check as check_config
+    from .show import plan
+
+    config = resolve(recipe, overrides)
+    check_config(config)
+    if load:
+        from .build import build_once
+
+        asyncio.run(build_once(config))
+    if json_:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+    else:
+        console.print(plan(config))
+        console.print("[green]ok[/] " + ("everything was built" if load else "nothing was built; --load does"))
+
+
+@app.command()
+def recipes(json_: JsonOption = False) -> None:
+    """List the bundled recipes."""
+    from ..recipe import bundled_recipes
+    from .show import first_comment
+
+    found = {name: first_comment(path) for name, path in bundled_recipes().items()}
+    if json_:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table("recipe", "what it does", box=None)
+    for name, comment in found.items():
+        table.add_row(f"[bold]{name}[/]", escape(comment))
+    console.print(table)
+
+
+@app.command()
+def plugins(
+    point: Annotated[str | None, typer.Argument(help="Only this plug-point.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """List every plug-in and where it comes from."""
+    from ..errors import PluginError
+    from ..plugins import POINTS, did_you_mean, find_all
+
+    if point is not None and point not in POINTS:
+        raise PluginError(f"no plug-point is called {point!r}.{did_you_mean(point, list(POINTS))} Points: {', '.join(POINTS)}")
+    found = {p: find_all(p) for p in ([point] if point else POINTS)}
+    if json_:
+        print(json.dumps({p: {n: f.origin for n, f in sorted(fs.items())} for p, fs in found.items()}, indent=2))
+        return
+    table = Table("point", "plug-in", "from", box=None)
+    for name, plug_ins in found.items():
+        table.add_row(f"[bold]{name}[/]", "", f"[dim]{POINTS[name].doc}[/]")
+        for plug_in, entry in sorted(plug_ins.items()):
+            table.add_row("", plug_in, escape(entry.origin))
+    console.print(table)
+
+
+@app.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Say what this machine and installation can do, and what is missing for what."""
+    from .doctor import examine
+
+    findings = examine()
+    if json_:
+        print(json.dumps([f.__dict__ for f in findings], indent=2))
+    else:
+        table = Table("", "what", "found", box=None)
+        for f in findings:
+            table.add_row({"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "bad": "[red]!![/]"}[f.state], f.what, escape(f.found))
+        console.print(table)
+    if any(f.state == "bad" for f in findings):
+        raise typer.Exit(1)
+
+
+def _drive(config: RunConfig, directory: RunDir | None, as_json: bool) -> None:
+    """Run or resume under a live view, with Ctrl-C as a request to stop; report the end."""
+    from .live import JsonView, LiveView
+
+    with JsonView() if as_json else LiveView(config, console) as view:
+        runner = Run(config, view)
+        outcome = asyncio.run(_until_done(runner, directory))
+    if as_json:
+        print(json.dumps({"run_dir": str(outcome.run_dir), "steps": outcome.steps, "finished": outcome.finished}))
+    else:
+        _report(outcome)
+    if not outcome.finished:
+        raise typer.Exit(130)
+
+
+async def _until_done(runner: Run, directory: RunDir | None) -> Outcome:
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(runner.start() if directory is None else runner.resume(directory))
+
+    def interrupted() -> None:
+        runner.request_stop()
+        errors.print("\n[yellow]Stopping after this step[/] (Ctrl-C again: at once, what is since the last cut is lost)")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted)
+    return await task
+
+
+def _report(outcome: Outcome) -> None:
+    from .ending import ending
+
+    if outcome.finished:
+        console.print(ending(RunDir(outcome.run_dir)))
+    else:
+        console.print(f"Stopped after step {outcome.steps}; everything is saved. Go on with: [bold]miles resume {outcome.run_dir}[/]")
+
+
+def main() -> None:
+    """Entry point of the command ``miles``."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except MilesError as error:
+        errors.print(f"[bold red]error[/] {escape(str(error))}")
+        for note in getattr(error, "__notes__", []):
+            errors.print(escape(note))
+        sys.exit(1)
+    except (KeyboardInterrupt, asyncio.CancelledError, typer.Abort):
+        errors.print("interrupted")
+        sys.exit(130)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)  # click's usage errors
+        if code is None or not hasattr(error, "format_message"):
+            raise
+        errors.print(f"[bold red]error[/] {escape(error.format_message())}")  # ty: ignore[not-callable]
+        sys.exit(code)

@@ -1,0 +1,75 @@
+"""How a finished run takes its leave: the curve, one trajectory before and after, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group
+from rich.markup import escape
+from rich.panel import Panel
+
+from ..run_dir import RunDir
+from ..sample import Sample
+from ..sample_io import load_samples
+
+
+def ending(run_dir: RunDir) -> Group:
+    """What is printed after the last step; writes ``reward.png`` if there were rewards."""
+    rows = [row for row in run_dir.rows() if "reward" in row]
+    parts: list = []
+    accuracies: dict[str, list[float]] = {}
+    for row in run_dir.rows():
+        for key in (k for k in row if k.startswith("eval/") and "/avg@" in k):
+            accuracies.setdefault(key, []).append(row[key])
+    for key, values in accuracies.items():
+        parts.append(f"[bold]{key.removeprefix('eval/')}[/]: {values[0]:.3f} before, [bold green]{values[-1]:.3f}[/] after")
+    parts += _before_and_after(run_dir)
+    if rows:
+        parts.append(f"Curve: {plot(run_dir)}")
+    final = run_dir.models / "final"
+    parts.append(f"Weights: {final}/policy (a Hugging Face directory) · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
+    parts.append(
+        "Next: another seed ([bold]seed=1[/]), your own options ([bold]miles check RECIPE[/]), your own task (docs/quickstart.md)."
+    )
+    return Group(*parts)
+
+
+def plot(run_dir: RunDir) -> Path:
+    """``reward.png``: reward of every step and held-out accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = list(run_dir.rows())
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    trained = [(r["step"], r["reward"]) for r in rows if "reward" in r]
+    first = trained[0][0] - 1
+    axes.plot([s - first for s, _ in trained], [v for _, v in trained], color="#9ecae1", label="reward while training")
+    for key in sorted({k for r in rows for k in r if k.startswith("eval/") and "/avg@" in k}):
+        found = [(r["step"] - first, r[key]) for r in rows if key in r]
+        axes.plot(*zip(*found, strict=True), "o-", color="#08519c", label=f"{key.removeprefix('eval/')}")
+    axes.set(xlabel="step", ylabel="reward", title=run_dir.path.name)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path = run_dir.path / "reward.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _before_and_after(run_dir: RunDir) -> list[Panel]:
+    """The same held-out prompt at the first and the last evaluation: one that became right, if there is any."""
+    files = sorted(run_dir.trajectories.glob("eval-*.safetensors"))
+    same = [f for f in files if f.name.rsplit("-", 1)[0] == files[0].name.rsplit("-", 1)[0]] if files else []
+    if len(same) < 2:
+        return []
+    before, after = ({(s.id.prompt, s.id.trajectory): s for s in load_samples(f)} for f in (same[0], same[-1]))
+    gains = {k: (after[k].reward or 0) - (before[k].reward or 0) for k in before if k in after}
+    best = max(gains, key=lambda k: (gains[k], after[k].n_sampled))
+    return [Panel(_text(s), title=t, title_align="left", width=78) for t, s in (("before", before[best]), ("after", after[best]))]
+
+
+def _text(sample: Sample) -> str:
+    response = escape(str(sample.metadata.get("response", "")))
+    return f"[dim]{escape(str(sample.prompt))}[/]{response}\nreward {sample.reward:g}, {sample.status}"

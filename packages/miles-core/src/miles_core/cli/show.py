@@ -1,0 +1,44 @@
+"""What ``miles check`` and ``miles recipes`` print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.tree import Tree
+
+from ..config import RunConfig, StageConfig
+
+
+def first_comment(path: Path) -> str:
+    """The first comment line of a recipe: what it does."""
+    first = path.read_text().split("\n", 1)[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def plan(config: RunConfig) -> Tree:
+    """What a run would do, stage by stage."""
+    steps = sum(s.steps for s in config.stages.values())
+    tree = Tree(f"[bold]{config.name}[/] · seed {config.seed} · {steps} steps · {config.runs_dir / config.name}")
+    for name, stage in config.stages.items():
+        branch = tree.add(f"[bold]{name}[/]: {stage.steps} steps of {stage.groups} groups, {_mode(stage)}")
+        rewards = ", ".join(stage.rewards) or "the environment's, if any"
+        branch.add(f"rollout {stage.rollout.use}{_size(stage)} over {stage.data.use}; rewards: {rewards}")
+        for model_name, model in stage.models.items():
+            made = f"a new {model.config.get('model_type')}" if model.config else f"the weights of {model.of or 'the policy'}"
+            losses = ", ".join(plugin.use for plugin in model.losses.values())
+            engine = f", engine {model.engine.use}" if model.engine else ""
+            advantage = f", advantage {model.advantage.use}" if model.advantage else ""
+            parts = f"trainer {model.trainer.use}{engine}{advantage}, loss {losses} by {model.aggregation.use}"
+            branch.add(f"{model.role} [bold]{model_name}[/] from {model.path or made}: {parts}")
+        for evaluator, plugin in stage.evaluators.items():
+            branch.add(f"evaluator {evaluator} ({plugin.use}) every {stage.every.evaluate} steps")
+    return tree
+
+
+def _mode(stage: StageConfig) -> str:
+    return "rollout and training in turns" if stage.max_staleness == 0 else f"data at most {stage.max_staleness} versions old"
+
+
+def _size(stage: StageConfig) -> str:
+    size = getattr(stage.rollout, "group_size", 1)
+    return f" × {size}" if size > 1 else ""

@@ -1,0 +1,232 @@
+"""The configuration: one typed tree. A recipe says what differs from these defaults; an unknown key is an error.
+
+``RunConfig`` is a run: a list of stages, each with everything it needs (``StageConfig``). Validation needs no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+from .plugins import plug
+from .recipe import KeyPath, Recipe, load_recipe, merge
+from .tokenizers import TokenizerConfig
+
+Plug = dict  # what a recipe holds before a plug-in's own options are validated
+
+
+class Tree(BaseModel):
+    """Base of every node: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Tree):
+    """One model of a run and its part in it."""
+
+    role: Literal["policy", "critic", "reference"] = "policy"
+    """policy: samples and learns. critic: gives ``values`` and learns. reference: gives ``ref_logprobs``, stays as it is."""
+    of: str | None = None
+    """The policy that a critic or reference belongs to; may be left out if there is only one."""
+    path: str | None = None
+    """Hugging Face directory or hub id with weights and tokenizer."""
+    config: dict[str, Any] | None = None
+    """Hugging Face config fields (with ``model_type``) of a model built from scratch, where ``path`` is not given."""
+    tokenizer: TokenizerConfig | None = None
+    """Tokenizer of a model built from scratch."""
+    trainer: plug("trainer")  # ty: ignore
+    engine: plug("rollout_engine") | None = None  # ty: ignore
+    transport: plug("weight_transport") = Field(default={"use": "inline"}, validate_default=True)  # ty: ignore
+    advantage: plug("advantage") | None = None  # ty: ignore
+    losses: dict[str, plug("loss")] = {}  # ty: ignore
+    """Loss terms by name; they add up."""
+    aggregation: plug("aggregation") = Field(default={"use": "token_mean"}, validate_default=True)  # ty: ignore
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loop trains it."""
+        return self.role in ("policy", "critic")
+
+
+class Deadlines(Tree):
+    """Seconds after which a wait is an error that says who waited for what. Every wait of the loop has one."""
+
+    rollout: float = Field(1800, gt=0)
+    """One step's groups."""
+    group: float = Field(900, gt=0)
+    """One group, from prompt to last reward."""
+    train: float = Field(1800, gt=0)
+    """Annotating, or one call of step."""
+    publish: float = Field(600, gt=0)
+    """Weights to all engines of a model."""
+    evaluate: float = Field(1800, gt=0)
+    """One evaluator."""
+    close: float = Field(60, gt=0)
+    """Giving up one engine or trainer at the end."""
+
+
+class Every(Tree):
+    """How often, in steps. 0: never (but see each)."""
+
+    evaluate: int = Field(10, ge=0)
+    """Evaluators; also before the first and after the last step of a stage."""
+    checkpoint: int = Field(50, ge=0)
+    """Cuts; also at the end, at Ctrl-C and before an error ends the run."""
+    trajectories: int = Field(1, ge=0)
+    """Samples to disk."""
+
+
+class StageConfig(Tree):
+    """One stage: a loop of ``steps`` steps, starting from the weights of the stage before."""
+
+    steps: int = Field(ge=0)
+    """Steps of the loop."""
+    groups: int = Field(gt=0)
+    """Groups (prompts) a step trains on."""
+    models: dict[str, ModelConfig]
+    """By name; single-policy recipes call theirs ``policy``."""
+    data: plug("data_source")  # ty: ignore
+    shuffle: bool = True
+    """Whether each epoch goes through the data in a seeded random order."""
+    rollout: plug("rollout")  # ty: ignore
+    rewards: dict[str, plug("reward")] = {}  # ty: ignore
+    """By name; the trajectory's reward is the environment's plus the weighted sum of these."""
+    group_filters: dict[str, plug("group_filter")] = {}  # ty: ignore
+    """By name; a group that one of them drops is replaced."""
+    sample_filters: dict[str, plug("sample_filter")] = {}  # ty: ignore
+    """By name; a sample that one of them takes out is not trained on."""
+    epochs: int = Field(1, gt=0)
+    """How often each batch is gone through."""
+    minibatches: int = Field(1, gt=0)
+    """Optimizer steps an epoch."""
+    max_staleness: int = Field(0, ge=0)
+    """Versions by which training data may be old. 0: exact alternation of rollout and training."""
+    evaluators: dict[str, plug("evaluator")] = {}  # ty: ignore
+    every: Every = Every()
+    deadlines: Deadlines = Deadlines()
+
+
+class RunConfig(Tree):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run and its directory: letters, digits, ``.``, ``_``, ``-``."""
+    seed: int = Field(0, ge=0)
+    runs_dir: Path = Path("runs")
+    """Where run directories are made."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trackers: dict[str, plug("tracker")] = Field(default={"tensorboard": {"use": "tensorboard"}}, validate_default=True)  # ty: ignore
+    """By name, beside ``metrics.jsonl``, which is always written."""
+    hooks: dict[str, plug("hook")] = {}  # ty: ignore
+    keep_checkpoints: int = Field(2, gt=0)
+    """Newest cuts that are kept."""
+    import_from: list[Path] = []
+    """Directories in which plug-in modules are found (the recipe's own is added)."""
+    stages: dict[str, StageConfig]
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; ``from_resolved`` reads it back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+
+    @staticmethod
+    def from_resolved(path: Path) -> RunConfig:
+        """Read a run's ``config.yaml``."""
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"{path.parent} is no run directory: {path.name} cannot be read ({error.strerror})") from error
+        return _validate(Recipe(data, {}, path.parent), data)
+
+
+RUN_KEYS = frozenset(RunConfig.model_fields)
+
+
+def resolve(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """Read, merge and validate a recipe.
+
+    Raises:
+        ConfigError: With one line for each wrong key: where it was set, what is wrong, the nearest right key.
+        PluginError: A plug-in is missing or does not import.
+    """
+    from .plugins import add_import_directories
+
+    recipe = load_recipe(name, overrides)
+    common = {k: v for k, v in recipe.data.items() if k not in RUN_KEYS or k == "steps"}
+    run = {k: v for k, v in recipe.data.items() if k in RUN_KEYS and k != "stages"}
+    stages = recipe.data.get("stages") or {"main": {}}
+    if not isinstance(stages, dict):
+        where = recipe.origin(("stages",))
+        raise ConfigError(f"{where}: stages is a {type(stages).__name__}; it maps a stage's name to what differs there")
+    run["stages"] = {stage: merge(common, overlay or {}) for stage, overlay in stages.items()}
+    run["import_from"] = [*run.get("import_from", []), str(recipe.directory)]
+    add_import_directories(run["import_from"])
+    return _validate(recipe, run)
+
+
+def _validate(recipe: Recipe, data: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_sentences(error, recipe, (), data)))) from None
+
+
+def _sentences(error: ValidationError, recipe: Recipe, prefix: KeyPath, data: Any) -> list[str]:
+    """One sentence for each problem: where, which key, what was found, what was expected."""
+    out = []
+    for problem in error.errors(include_url=False):
+        nested = problem.get("ctx", {}).get("error")
+        path = (*prefix, *(str(p) for p in problem["loc"]))
+        if isinstance(nested, ValidationError):
+            out += _sentences(nested, recipe, path, data)
+            continue
+        # A key that a stage inherits was written at the top of the recipe.
+        written = path if path in recipe.origins or path[:1] != ("stages",) else path[2:] or path
+        key, where = ".".join(written), recipe.origin(written)
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(RunConfig, path[:-1], data)
+            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+            out.append(f"{where}: unknown key {key!r}. {hint}")
+        elif problem["type"] == "missing":
+            out.append(f"{where}: key {key!r} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            out.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{found}")
+    return out
+
+
+def _known_keys(model: Any, path: KeyPath, data: Any) -> list[str]:
+    """Keys that are allowed in the mapping at ``path`` (top-level keys of a recipe are run keys and stage keys)."""
+    for depth, part in enumerate(path):
+        data = data.get(part, {}) if isinstance(data, dict) else {}
+        if isinstance(data, dict) and "use" in data and (point := _point_of(path[: depth + 1])):
+            from .plugins import config_class
+
+            model = config_class(point, data["use"])
+        elif hasattr(model, "model_fields") and part in model.model_fields:
+            model = _inner_model(model.model_fields[part].annotation)
+    fields = list(getattr(model, "model_fields", {}))
+    return fields + [f for f in RunConfig.model_fields if f != "stages"] if model is StageConfig else fields
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_inner_model, get_args(annotation)) if m is not None), None)
+
+
+def _point_of(path: KeyPath) -> str | None:
+    singular = {"rewards": "reward", "losses": "loss", "group_filters": "group_filter", "sample_filters": "sample_filter"}
+    singular |= {"evaluators": "evaluator", "trackers": "tracker", "hooks": "hook"}
+    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport"}
+    names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment")
+    last = path[-1]
+    if len(path) > 1 and path[-2] in singular:
+        return singular[path[-2]]
+    return own.get(last) or (last if last in names else None)

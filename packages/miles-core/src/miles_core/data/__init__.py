@@ -1,0 +1,28 @@
+"""Data sources that come with miles-core: ``jsonl`` (any file of rows) and ``gsm8k``; and reading paths from recipes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def local_path(text: str, setting: str) -> Path:
+    """A path from a recipe, with ``~`` and ``${VARIABLE}`` expanded.
+
+    Args:
+        text: As it stands in the recipe.
+        setting: What to call it in errors, e.g. ``data_source jsonl: path``.
+
+    Raises:
+        ConfigError: A variable is not set.
+    """
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"{setting} is {text!r}, but the environment variable {match[1]} is not set; set it, or write the path out")
+        return os.environ[match[1]]
+
+    return Path(re.sub(r"\$\{(\w+)\}", variable, text)).expanduser()

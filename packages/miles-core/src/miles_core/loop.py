@@ -1,0 +1,259 @@
+"""The loop (DESIGN §3): take groups, prepare, annotate, advantages, step, publish, record. The same from laptop to cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from . import cut
+from .batch import Batch
+from .buffer import Buffer
+from .config import StageConfig
+from .errors import RunError
+from .hooks import Hooks
+from .learner import Learner
+from .observer import Observer
+from .producer import Producer
+from .protocols import Evaluator, Players, Tracker, Trainer, WeightTransport
+from .refs import GroupRef, SampleRef
+from .run_dir import RunDir
+from .sample import Status
+from .sample_io import save_samples
+from .waiting import deadline
+
+
+@dataclass
+class Loop:
+    """One stage of a run, built and ready to go.
+
+    Attributes:
+        name: The stage's name.
+        stage: Its configuration.
+        run_dir: Where it writes.
+        first_step: Steps of the run before this stage; a step's number in the run is also its weight version.
+        players: Who samples.
+        learners: One a policy that learns.
+        trainers: By model name.
+        transports: By policy name.
+        buffer, producer: Rollout's side.
+        evaluators: By name.
+        trackers, hooks, observer: Who is told.
+        config_hash: What ties a cut to the configuration.
+        keep: Cuts that are kept.
+        step: Steps of this stage that are done.
+    """
+
+    name: str
+    stage: StageConfig
+    run_dir: RunDir
+    first_step: int
+    players: Players
+    learners: Sequence[Learner]
+    trainers: Mapping[str, Trainer]
+    transports: Mapping[str, WeightTransport]
+    buffer: Buffer
+    producer: Producer
+    evaluators: Mapping[str, Evaluator]
+    trackers: Sequence[Tracker]
+    hooks: Hooks
+    observer: Observer
+    config_hash: str
+    keep: int
+    step: int = 0
+    stopping: bool = False
+    """Set by ``request_stop``: the step in progress is finished and saved, then the stage ends."""
+    saved_step: int = -1
+    row: dict[str, float | int | str] = field(default_factory=dict)
+    """Metrics of the step in progress."""
+    _between_steps: bool = True
+
+    @property
+    def version(self) -> int:
+        """Weight version that engines serve between steps; also the run's step number."""
+        return self.first_step + self.step
+
+    def request_stop(self) -> None:
+        """Finish the step in progress, save, and end."""
+        self.stopping = True
+
+    async def run(self) -> None:
+        """Go through the stage. On failure the last consistent state is saved before the error goes on.
+
+        Raises:
+            MilesError: A sentence for the user.
+        """
+        self.observer.stage(self.name, self.step, self.stage.steps)
+        try:
+            await self.hooks.fire("on_start", self)
+            await self._publish()
+            if self.step == 0:
+                await self._evaluate()
+            async with self.producer:
+                while self.step < self.stage.steps and not self.stopping:
+                    await self._one_step()
+            await self._save()
+            await self.hooks.fire("on_end", self)
+        except BaseException as error:
+            await self._rescue(error)
+            raise
+
+    async def _one_step(self) -> None:
+        self.row = {"stage": self.name, "stage_step": self.step + 1}
+        began = time.perf_counter()
+        await self.hooks.fire("before_rollout", self)
+        with self._phase("rollout"):
+            groups = await self.buffer.take(self.stage.deadlines.rollout)
+        await self.hooks.fire("after_rollout", self)
+        batches = []
+        for learner in self.learners:
+            refs = await self._scored(learner, groups)
+            batch = learner.prepare(refs, self.version)
+            with self._phase("annotate"):
+                batch = await learner.annotate(batch)
+            batch = learner.advantages(batch)
+            await self.hooks.fire("before_step", self)
+            with self._phase("train"):
+                self._between_steps = False
+                self.row |= await learner.step(batch)
+            await self.hooks.fire("after_step", self)
+            batches.append(batch)
+        self.step += 1
+        with self._phase("publish"):
+            await self._publish()
+        await self.buffer.published()
+        self._between_steps = True
+        await self._record(batches, groups, began)
+
+    async def _scored(self, learner: Learner, groups: list[GroupRef]) -> list[SampleRef]:
+        """The learner's samples; rewards of a whole batch are given here."""
+        refs = [r for g in groups for r in g.refs if r.id.policy == learner.policy]
+        if not refs:
+            raise RunError(
+                f"step {self.version + 1}: no sample belongs to policy {learner.policy!r}; the rollout names it in none of its ids"
+            )
+        scorer = self.producer.scorer
+        if not scorer.has_batch_rewards:
+            return refs
+        samples = [r.get() for r in refs]
+        await scorer.score_batch(samples)
+        return [SampleRef.of(s) for s in samples]
+
+    async def _publish(self) -> None:
+        """Every policy's weights to its engines, verified; one version a publish."""
+        for policy in self.players.policies:
+            sinks = [engine for name, engine in self.players.engines.items() if name == policy]
+            publishing = self.transports[policy].publish(self.trainers[policy], sinks, self.version)
+            what = f"version {self.version} of {policy} to reach {len(sinks)} engines"
+            metrics = await deadline(publishing, self.stage.deadlines.publish, "the loop", what)
+            self.row |= {f"publish/{k}": v for k, v in metrics.items()}
+        for trainer in self.trainers.values():
+            trainer.version = self.version
+        await self.hooks.fire("after_publish", self)
+
+    async def _record(self, batches: list[Batch], groups: list[GroupRef], began: float) -> None:
+        every = self.stage.every
+        self.row |= rollout_metrics(groups) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
+        if every.trajectories and self.step % every.trajectories == 0:
+            with self._phase("save"):
+                self._write_trajectories(batches)
+        last = self.step == self.stage.steps
+        if last or self.stopping or (every.evaluate and self.step % every.evaluate == 0):
+            await self._evaluate()
+        seconds = time.perf_counter() - began
+        self.row |= {"seconds": seconds, "tokens_per_second": sum(r.sampled for g in groups for r in g.refs) / seconds}
+        for tracker in self.trackers:
+            tracker.log(self.version, self.row)
+        self.observer.step({"step": self.version, **self.row})
+        if every.checkpoint and self.step % every.checkpoint == 0 and not last:
+            await self._save()
+
+    def _write_trajectories(self, batches: list[Batch]) -> None:
+        samples = []
+        for batch in batches:
+            for name in [n for n in batch.columns if n not in ("versions", "loss_mask", "logprobs")]:
+                for ref, column in zip(batch.refs, batch.unpack(name), strict=True):
+                    ref.get().columns[name] = column
+            samples += [r.get() for r in batch.refs]
+        save_samples(self.run_dir.trajectories / f"step-{self.version:06d}.safetensors", samples)
+
+    async def _evaluate(self) -> None:
+        for name, evaluator in self.evaluators.items():
+            with self._phase("evaluate"):
+                found = await deadline(evaluator.evaluate(self.players), self.stage.deadlines.evaluate, "the loop", f"evaluator {name}")
+            self.row |= {f"eval/{name}/{k}": v for k, v in found.metrics.items()}
+            if found.samples:
+                save_samples(self.run_dir.trajectories / f"eval-{name}-{self.version:06d}.safetensors", found.samples)
+        if self.evaluators and self.step == 0:
+            row = {"stage": self.name, "stage_step": 0, "version": self.version} | self.row
+            for tracker in self.trackers:
+                tracker.log(self.version, row)
+            self.observer.step({"step": self.version, **row})
+
+    async def _save(self) -> None:
+        """Take a cut; see ``cut``."""
+        if self.saved_step == self.step:
+            return
+        with self._phase("save"):
+            partial = cut.begin(self.run_dir.checkpoints, self.version)
+            for name, trainer in self.trainers.items():
+                directory = partial / "models" / name
+                directory.mkdir(parents=True)
+                await trainer.save(directory)
+            in_flight = self.producer.in_flight()
+            counts = asdict(self.buffer.counts)
+            counts["started"] = counts["taken"] + counts["dropped"] + len(self.buffer.ready)
+            ready = list(self.buffer.ready)
+            state = cut.CutState(
+                stage=self.name,
+                step=self.step,
+                global_step=self.version,
+                position=self.producer.position,
+                in_flight=in_flight,
+                counts=counts,
+                ready=[(g.id, g.position, len(g.refs)) for g in ready],
+                config_hash=self.config_hash,
+            )
+            await asyncio.to_thread(cut.commit, partial, state, ready, self.keep)
+        self.saved_step = self.step
+        await self.hooks.fire("after_checkpoint", self)
+
+    async def _rescue(self, error: BaseException) -> None:
+        """Save the last consistent state if there is one that is not on disk, and say so on the error."""
+        if isinstance(error, Exception):
+            await self.hooks.fire("on_failure", self)
+        resume = f"miles resume {self.run_dir.path}"
+        if self.step > max(self.saved_step, 0) and self._between_steps:
+            try:
+                await self._save()
+            except Exception as second:
+                error.add_note(f"The state after step {self.version} could not be saved either: {second}")
+        if self.saved_step >= 0 or any(self.run_dir.checkpoints.glob("step-*/manifest.json")):
+            error.add_note(f"What was learned is saved. Go on with: {resume}")
+
+    @contextmanager
+    def _phase(self, name: str) -> Generator[None]:
+        self.observer.phase(name)
+        began = time.perf_counter()
+        yield
+        self.row[f"time/{name}"] = float(self.row.get(f"time/{name}", 0.0)) + time.perf_counter() - began
+
+
+def rollout_metrics(groups: Sequence[GroupRef]) -> dict[str, float | int | str]:
+    """What a step's samples were like; rewards once a trajectory."""
+    refs = [r for g in groups for r in g.refs]
+    rewards = list({(r.id.policy, r.id.group, r.id.trajectory): r.reward for r in refs if r.reward is not None}.values())
+    out: dict[str, float | int | str] = {
+        "trajectories": len({(r.id.policy, r.id.group, r.id.trajectory) for r in refs}),
+        "sampled_tokens": sum(r.sampled for r in refs),
+        "length/mean": float(np.mean([r.length for r in refs])),
+        "length/sampled": float(np.mean([r.sampled for r in refs])),
+        "truncated": float(np.mean([r.status == Status.TRUNCATED for r in refs])),
+    }
+    if rewards:
+        out |= {"reward": float(np.mean(rewards)), "reward/std": float(np.std(rewards))}
+    return out

@@ -1,0 +1,125 @@
+"""The producer fills the buffer: prompts in, complete, scored and filtered groups out, as many at once as admission allows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .buffer import Buffer
+from .cursor import Cursor
+from .errors import DataError, InfrastructureFailure, MilesError, RunError
+from .protocols import GroupFilter, Players, Prompt, Rollout, RolloutContext
+from .refs import GroupRef
+from .sample import Group, Sample
+from .scoring import Scorer
+from .waiting import deadline
+
+
+@dataclass
+class Producer:
+    """Starts groups while the buffer admits them.
+
+    Attributes:
+        buffer: Where groups go.
+        cursor: Where prompts come from.
+        rollout: From a prompt to samples.
+        players: Who samples.
+        scorer: Rewards.
+        filters: Group filters by name.
+        group_seconds: Deadline of one group.
+        attempts: How often a group is issued when infrastructure fails.
+        position: Next position in the data.
+        reissue: Positions that were in flight at the cut this run resumed from; they go first.
+    """
+
+    buffer: Buffer
+    cursor: Cursor
+    rollout: Rollout
+    players: Players
+    scorer: Scorer
+    filters: Mapping[str, GroupFilter]
+    group_seconds: float
+    attempts: int = 3
+    position: int = 0
+    reissue: list[int] = field(default_factory=list)
+    on_group: Callable[[GroupRef | None], None] = lambda group: None
+    _flying: dict[asyncio.Task, int] = field(default_factory=dict)
+    _main: asyncio.Task | None = None
+
+    async def __aenter__(self) -> Producer:
+        self._main = asyncio.create_task(self._start_groups())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        tasks = [t for t in (self._main, *self._flying) if t is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._flying.clear()
+
+    def in_flight(self) -> list[int]:
+        """Positions of groups that were started and are neither ready nor dropped: a cut issues them again."""
+        return sorted([*self._flying.values(), *self.reissue])
+
+    async def _start_groups(self) -> None:
+        while True:
+            await self.buffer.admit()
+            if self.reissue:
+                position = self.reissue.pop(0)
+            else:
+                position, self.position = self.position, self.position + 1
+            task = asyncio.create_task(self._group(position))
+            self._flying[task] = position
+            task.add_done_callback(self._flying.pop)
+
+    async def _group(self, position: int) -> None:
+        try:
+            prompt, epoch = self.cursor.prompt(position), self.cursor.epoch(position)
+            context = self.players.context(f"e{epoch}-{prompt.id}", epoch)
+            what = f"group {context.group} (rollout and rewards)"
+            group = await deadline(self._play(prompt, context), self.group_seconds, "the producer", what, "Raise deadlines.group.")
+            reason = self._reason_to_drop(group)
+            if reason is None:
+                ref = GroupRef.of(group, position)
+                await self.buffer.put(ref)
+                self.on_group(ref)
+            else:
+                await self.buffer.drop(reason)
+                self.on_group(None)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            await self.buffer.fail(error)
+
+    async def _play(self, prompt: Prompt, context: RolloutContext) -> Group:
+        samples = await self._sample(prompt, context)
+        for sample in samples:
+            vocab_size = self.players.vocab_sizes.get(sample.id.policy)
+            if vocab_size is None:
+                raise DataError(f"sample {sample.id} belongs to no policy of this stage ({', '.join(self.players.policies)})")
+            sample.validate(vocab_size=vocab_size, rl=sample.n_sampled > 0)
+        await self.scorer.score_group(samples)
+        return Group(context.group, samples)
+
+    async def _sample(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
+        for _ in range(self.attempts):
+            try:
+                samples = await self.rollout(prompt, context)
+            except InfrastructureFailure as failure:
+                last: Exception = failure
+            except MilesError:
+                raise
+            except Exception as error:
+                raise RunError(f"rollout of group {context.group} failed: {type(error).__name__}: {error}") from error
+            else:
+                if not samples:
+                    raise DataError(f"rollout of group {context.group} gave no samples; it gives at least one a trajectory")
+                return samples
+        raise RunError(f"group {context.group} failed {self.attempts} times, last: {last}") from last
+
+    def _reason_to_drop(self, group: Group) -> str | None:
+        wanted = getattr(getattr(self.rollout, "config", None), "group_size", 1)
+        if wanted >= 2 and len(group.trajectories()) < 2:
+            return "fewer than 2 trajectories"
+        return next((f"{name}: {reason}" for name, f in self.filters.items() if (reason := f(group))), None)

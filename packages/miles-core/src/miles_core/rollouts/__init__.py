@@ -1,0 +1,1 @@
+"""Built-in rollout functions: ``trajectories`` samples a group, ``read`` makes samples of demonstrations."""

@@ -1,0 +1,120 @@
+"""A run from its configuration to its end: stages one after another, each from the weights of the one before."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import cut
+from .assembly import Origin, assemble, close
+from .check import check
+from .config import RunConfig
+from .errors import RunError
+from .hooks import Hooks
+from .loop import Loop
+from .observer import Observer
+from .protocols import BuildContext, Tracker
+from .run_dir import RunDir
+from .trackers import JsonlTracker
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        run_dir: Its directory.
+        steps: Steps that were trained, over all its lives.
+        finished: Whether all stages are done; False after a stop by request.
+    """
+
+    run_dir: Path
+    steps: int
+    finished: bool
+
+
+class Run:
+    """One run; ``request_stop`` (Ctrl-C) finishes the step in progress, saves and ends.
+
+    Args:
+        config: Resolved configuration.
+        observer: Who watches.
+    """
+
+    def __init__(self, config: RunConfig, observer: Observer | None = None):
+        check(config)
+        self.config = config
+        self.observer = observer or Observer()
+        self._loop: Loop | None = None
+        self._stopping = False
+
+    def request_stop(self) -> None:
+        """End after the step in progress."""
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.request_stop()
+
+    async def start(self) -> Outcome:
+        """A new run in a new directory. Raises MilesError; what was learned until then is saved."""
+        run_dir = RunDir.create(self.config.runs_dir, self.config.name)
+        run_dir.config.write_text(self.config.to_yaml())
+        first = next(iter(self.config.stages))
+        return await self._stages(run_dir, Origin(first, 0))
+
+    async def resume(self, run_dir: RunDir) -> Outcome:
+        """Go on from the newest complete cut. Raises CheckpointError when there is none or nothing is left to do."""
+        directory, state, damaged = cut.newest(run_dir.checkpoints, cut.config_hash(self.config.to_yaml()))
+        for sentence in damaged:
+            self.observer.note(sentence)
+        names = list(self.config.stages)
+        if state.stage == names[-1] and state.step >= self.config.stages[state.stage].steps:
+            raise RunError(f"{run_dir.path} is finished ({state.global_step} steps); there is nothing left to resume")
+        void = run_dir.void_rows_after(state.global_step)
+        self.observer.note(f"Going on after step {state.global_step}" + (f"; {void} later metric rows are void" if void else "") + ".")
+        return await self._stages(run_dir, Origin(state.stage, state.global_step - state.step, directory, state))
+
+    async def _stages(self, run_dir: RunDir, origin: Origin) -> Outcome:
+        context = BuildContext(run_dir.path, self.config.name, self.config.seed)
+        hooks = Hooks({n: h.build(context) for n, h in self.config.hooks.items()})
+        trackers: list[Tracker] = [JsonlTracker(run_dir.metrics)]
+        try:
+            trackers += [t.build(context) for t in self.config.trackers.values()]
+            names = list(self.config.stages)
+            for name in names[names.index(origin.stage) :]:
+                if name != origin.stage:
+                    origin = Origin(name, origin.first_step + self.config.stages[origin.stage].steps)
+                following = dict(zip(names, [*names[1:], "final"], strict=True))[name]
+                done = await self._stage(run_dir, origin, trackers, hooks, following)
+                if done < self.config.stages[name].steps:
+                    return Outcome(run_dir.path, origin.first_step + done, finished=False)
+            return Outcome(run_dir.path, origin.first_step + done, finished=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise with_notes(RunError(f"the disk of {run_dir.path} is full ({error}). Make room."), error) from error
+            raise
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+    async def _stage(self, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, following: str) -> int:
+        """Steps that are done of the stage; its weights are exported for the one that follows."""
+        self._loop = await assemble(self.config, run_dir, origin, trackers, hooks, self.observer)
+        if self._stopping:
+            self._loop.request_stop()
+        try:
+            await self._loop.run()
+            if self._loop.step == self._loop.stage.steps:
+                for name, trainer in self._loop.trainers.items():
+                    if self._loop.stage.models[name].learns:
+                        await trainer.export(run_dir.models / following / name)
+            return self._loop.step
+        finally:
+            await close(self._loop)
+
+
+def with_notes(error: Exception, source: BaseException) -> Exception:
+    """The notes of one error on another (what was saved, how to resume)."""
+    for note in getattr(source, "__notes__", []):
+        error.add_note(note)
+    return error

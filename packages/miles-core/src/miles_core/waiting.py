@@ -1,0 +1,62 @@
+"""Every wait has a deadline, and its error says who waited for what and how long."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from .errors import RunError
+
+T = TypeVar("T")
+
+
+async def deadline(awaitable: Awaitable[T], seconds: float, who: str, what: str, advice: str = "") -> T:
+    """Await with a time limit.
+
+    Raises:
+        RunError: "<who> waited <seconds> s for <what>." and the advice.
+    """
+    task = asyncio.ensure_future(awaitable)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    if not done:
+        task.cancel()
+        raise RunError(f"{who} waited {seconds:g} s for {what}. {advice}".rstrip())
+    return task.result()
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run together; the first failure cancels the others and is raised as it is (not wrapped in a group)."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Run user code that may never return: unlike a pool's, this thread cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # ty: ignore[invalid-argument-type]
+
+    def work() -> None:
+        try:
+            outcome = function(*arguments), None
+        except BaseException as error:
+            outcome = None, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, daemon=True, name=f"miles-{getattr(function, '__name__', 'call')}").start()
+    return await future

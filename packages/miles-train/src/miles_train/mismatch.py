@@ -1,0 +1,39 @@
+"""How far the trainer's log-probabilities are from those the rollout engine recorded for the same tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndarray, version: int) -> dict[str, float]:
+    """Engine mismatch on fresh tokens, policy drift on older ones.
+
+    With d = trainer − rollout over the tokens that ``version`` itself sampled:
+
+    * ``mismatch/mean_abs``, ``mismatch/max_abs``: of |d|;
+    * ``mismatch/k3``: mean of exp(d) − 1 − d, an unbiased, never negative estimate of KL(rollout ‖ trainer)
+      (Schulman 2020, "Approximating KL divergence");
+    * ``mismatch/ess``: (Σw)² / (n Σw²) with w = exp(d), the effective part of the sample size (Kish 1965), 1 at best.
+
+    Tokens sampled a versions ago give ``drift/age_<a>/mean_abs``. Tokens nobody sampled (version −1) are left out.
+
+    Args:
+        trainer, rollout: float [n], log-probabilities of the same tokens.
+        versions: int [n], version that sampled each.
+        version: Version of the weights that ``trainer`` comes from.
+    """
+    difference = trainer.astype(np.float64) - rollout
+    age = version - versions
+    metrics: dict[str, float] = {}
+    for a in np.unique(age[versions >= 0]).tolist():
+        d = difference[(age == a) & (versions >= 0)]
+        mean_abs = float(np.abs(d).mean())
+        if a:
+            metrics[f"drift/age_{a}/mean_abs"] = mean_abs
+            continue
+        w = np.exp(d)
+        metrics["mismatch/mean_abs"] = mean_abs
+        metrics["mismatch/max_abs"] = float(np.abs(d).max())
+        metrics["mismatch/k3"] = float((w - 1 - d).mean())
+        metrics["mismatch/ess"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+    return metrics

@@ -1,0 +1,1 @@
+"""`trainer: torch`. Read in this order: layouts, model, optimizer, checkpoint, trainer."""

@@ -1,0 +1,86 @@
+"""What a trainer leaves on disk: its own state, from which it goes on to the bit, and a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from miles_core.errors import CheckpointError
+
+from .model import CausalLM
+from .optimizer import MasterAdamW
+
+FORMAT = 1
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
+
+
+def save_state(directory: Path, optimizer: MasterAdamW, counters: Mapping[str, int]) -> None:
+    """Write master weights, AdamW's state and counters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({n: p.detach().contiguous() for n, p in optimizer.masters.items()}, directory / "weights.safetensors")
+    save_file(optimizer.state(), directory / "optimizer.safetensors")
+    (directory / "trainer.json").write_text(json.dumps({"format": FORMAT, **counters}))
+
+
+@torch.no_grad()
+def load_state(directory: Path, optimizer: MasterAdamW, device: torch.device) -> dict[str, int]:
+    """Put back what ``save_state`` wrote, and return the counters. Nothing is changed if anything does not fit."""
+    try:
+        header = json.loads((directory / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / 'trainer.json'} cannot be read: {error}. The checkpoint is incomplete; use an earlier one."
+        ) from error
+    if header.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{directory / 'trainer.json'} is not of format {FORMAT}, which this version of Miles reads")
+    shapes = {name: master.shape for name, master in optimizer.masters.items()}
+    moments = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")}
+    weights = _read(directory / "weights.safetensors", shapes, device)
+    state = _read(directory / "optimizer.safetensors", moments | {f"step.{name}": torch.Size() for name in shapes}, device)
+    if missing := sorted(shapes.keys() - weights.keys()):
+        raise CheckpointError(f"{directory / 'weights.safetensors'} lacks {missing[0]!r}: it belongs to another model")
+    for name, master in optimizer.masters.items():
+        master.copy_(weights[name])
+    optimizer.load_state(state)
+    optimizer.publish()
+    return header
+
+
+def export(directory: Path, model: CausalLM, source: Path) -> None:
+    """Write config and weights as transformers does, and the tokenizer files of ``source``."""
+    model.hf.save_pretrained(directory)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+
+
+def _read(path: Path, expected: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a file, each of them expected, of that shape and float32."""
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise CheckpointError(f"{path} holds {name!r}, which this model does not have: it belongs to another model")
+        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, this model needs float32 {list(expected[name])}"
+            )
+    return tensors

@@ -1,0 +1,235 @@
+"""`trainer: torch`: the loop over optimizer steps and micro-batches, in one process.
+
+A micro-batch's loss is its exact share of the optimizer step's loss (SegmentOps.share), so gradients add up to the same sum
+however the step was cut up, padded or packed. Routing replay, renormalisation over a recorded support, attachments and several
+processes are not here yet; samples that need one of them are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_core.batch import Batch
+from miles_core.errors import ConfigError, DataError, RunError
+from miles_core.plan import Unit, micro_batches, units_of
+from miles_core.protocols import BuildContext, StepReport
+
+from ..mismatch import mismatch_metrics
+from ..plugins import TorchTrainerConfig
+from ..schedule import learning_rate
+from . import checkpoint
+from .model import LOADED, CausalLM, load_model
+from .objective import shares, spread
+from .optimizer import MasterAdamW
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+UNSUPPORTED = ("support", "images", "audio")
+"""Sample columns without which a forward pass would be another distribution's; they are not used yet."""
+
+
+class TorchTrainer:
+    """A Hugging Face causal language model that is trained, or only asked for log-probabilities (no losses in its context).
+
+    Heavy work runs in one thread of the trainer's own, so that the event loop stays alive and calls wait for each other.
+
+    Attributes:
+        version: Version of the weights, as published. The loop sets it after each publish.
+        optimizer_steps: Optimizer steps taken since the model's starting weights.
+        unit: Samples of one unit share a micro-batch.
+        model: The language model.
+    """
+
+    unit: Unit = "sequence"
+
+    def __init__(self, config: TorchTrainerConfig, context: BuildContext) -> None:
+        if context.model_path is None:
+            raise ConfigError("trainer 'torch' was given no model; set the model's path to a Hugging Face directory")
+        if context.losses and context.aggregation is None:
+            raise ConfigError(f"model {context.model!r} has losses but no aggregation; set one, e.g. token_mean")
+        if context.losses and config.schedule != "constant" and context.total_steps < 1:
+            raise ConfigError(
+                f"schedule: {config.schedule} ends with the stage, but the stage's number of steps is not known; use constant"
+            )
+        self.config = config
+        self.context = context
+        self.version = 0
+        self.optimizer_steps = 0
+        device = torch.device(context.device)
+        dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+        self.model = CausalLM(context.model_path, dtype, device, config.layout)
+        self._optimizer = self._new_optimizer(context.model_path, dtype) if context.losses else None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"trainer-{context.model}")
+
+    def _new_optimizer(self, path: Path, dtype: torch.dtype) -> MasterAdamW:
+        own = dtype != torch.float32  # read again: a checkpoint may hold more digits than the forward pass uses
+        masters = load_model(path, torch.float32, self.model.device) if own else self.model.hf
+        return MasterAdamW(self.model.hf, dict(masters.named_parameters()), self.config)
+
+    async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
+        """Add log-probabilities under the present weights, at the temperatures the tokens were sampled at.
+
+        Args:
+            batch: Any samples.
+            columns: Of ``old_logprobs``, ``ref_logprobs`` and ``teacher_logprobs``; each gets the same float32 [N]. NaN
+                where there is nothing to say: on the last row of a sample, and where the token was taken greedily.
+
+        Raises:
+            ConfigError: Another column is asked for.
+            DataError: A token id is outside the vocabulary.
+        """
+        if strange := sorted(columns - self.config.gives):
+            raise ConfigError(
+                f"trainer 'torch' cannot give {strange[0]!r}, only {', '.join(sorted(self.config.gives))}; take it from another model"
+            )
+        if not columns:
+            return batch
+        logprobs = await self._in_thread(self._annotate, batch)
+        return batch.with_columns({name: logprobs for name in sorted(columns)})
+
+    async def step(self, batch: Batch) -> StepReport:
+        """Train on ``batch.optimizer_steps()`` in order; a step in which no token is trained is passed over.
+
+        Metrics: ``loss`` and ``loss/<term>``, ``entropy`` (mean over trained tokens), ``grad_norm`` (before clipping) and what
+        the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all of
+        them; ``lr`` of the last; ``seconds/forward_backward``; and what ``mismatch_metrics`` says of the first optimizer
+        step's trained tokens, before any update.
+
+        The schedule counts optimizer steps; it ends at ``context.total_steps`` × the optimizer steps of this call.
+
+        Raises:
+            ConfigError: The model has no loss.
+            DataError: A token id is outside the vocabulary, or a sample needs what this trainer cannot do.
+            RunError: Loss or gradient is not finite (the weights are those before that optimizer step), or no token is trained.
+        """
+        return await self._in_thread(self._step, batch)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name as in the exported checkpoint, detached tensor in the compute dtype), tied weights once."""
+        return self.model.named_weights()
+
+    async def save(self, directory: Path) -> None:
+        """Write master weights, AdamW's state and counters as safetensors and JSON."""
+        counters = {"optimizer_steps": self.optimizer_steps, "version": self.version}
+        await self._in_thread(checkpoint.save_state, directory, self._trained(), counters)
+
+    async def load(self, directory: Path) -> None:
+        """Go on from what ``save`` wrote: on one thread, to the bit. CheckpointError where it does not fit; nothing has changed then."""
+        counters = await self._in_thread(checkpoint.load_state, directory, self._trained(), self.model.device)
+        self.optimizer_steps, self.version = counters["optimizer_steps"], counters["version"]
+
+    async def export(self, directory: Path) -> None:
+        """Write a Hugging Face directory: config, weights in the compute dtype, the starting model's tokenizer files."""
+        assert self.context.model_path is not None
+        await self._in_thread(checkpoint.export, directory, self.model, self.context.model_path)
+
+    async def close(self) -> None:
+        """Give the model's memory and the thread back; the trainer cannot be used afterwards."""
+        self._worker.shutdown()
+        del self.model, self._optimizer
+        if self.context.device == "cuda":
+            torch.cuda.empty_cache()
+
+    async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, partial(function, *args, **kwargs))
+
+    def _trained(self) -> MasterAdamW:
+        if self._optimizer is None:
+            raise ConfigError(f"model {self.context.model!r} has no loss, so it is not trained; give it one")
+        return self._optimizer
+
+    def _loaded(self, batch: Batch) -> Batch:
+        """The batch with the columns the model reads, checked."""
+        for ref in batch.refs:
+            for name in UNSUPPORTED:
+                if name in ref.get().columns:
+                    raise DataError(f"sample {ref.id} has a column {name!r}, which trainer 'torch' cannot use yet; sample without it")
+        batch = batch.load(LOADED)
+        tokens = batch.array("tokens")
+        bad = np.flatnonzero((tokens < 0) | (tokens >= self.model.vocab_size))
+        if len(bad):
+            ref = batch.refs[batch.segment[bad[0]]]
+            raise DataError(f"sample {ref.id} holds token id {tokens[bad[0]]}; the model's ids are 0 to {self.model.vocab_size - 1}")
+        return batch
+
+    def _micro_batches(self, batch: Batch, units: np.ndarray) -> list[np.ndarray]:
+        return micro_batches(batch.lengths, units, self.config.micro_batch_tokens, padded=self.config.layout == "padded")
+
+    @torch.no_grad()
+    def _annotate(self, batch: Batch) -> np.ndarray:
+        batch = self._loaded(batch)
+        logprobs = np.full(batch.n_rows, np.nan, np.float32)
+        for samples in self._micro_batches(batch, np.arange(len(batch))):
+            micro = batch.select(samples)
+            predicts = micro.array("temperatures") > 0
+            predicts[micro.cu_seqlens[1:] - 1] = False
+            rows = np.flatnonzero(predicts)
+            logprobs[batch.rows_of(samples)[rows]] = self.model.logprobs(micro, rows).logprob.cpu().numpy()
+        return logprobs
+
+    def _step(self, batch: Batch) -> StepReport:
+        optimizer, batch = self._trained(), self._loaded(batch)
+        total = self.context.total_steps * len(batch.steps)
+        reports: list[dict[str, float]] = []
+        mismatch: dict[str, float] = {}
+        seconds = 0.0
+        for minibatch in batch.optimizer_steps():
+            if minibatch.segments.tokens == 0:
+                continue
+            start = time.perf_counter()
+            try:
+                report, logprobs = self._forward_backward(minibatch)
+                norm = optimizer.gradient_norm()
+                report |= {"grad_norm": float(norm), "lr": learning_rate(self.config, self.optimizer_steps, total)}
+                seconds += time.perf_counter() - start
+                if not norm.isfinite():
+                    raise RunError(f"the gradient's norm is {float(norm)}, though the loss is finite")
+                optimizer.step(report["lr"], norm, self.config.max_grad_norm)
+            except RunError as error:
+                raise RunError(f"optimizer step {self.optimizer_steps + 1}: {error}. The weights are those before it.") from error
+            finally:
+                optimizer.zero_grad()
+            if not reports:
+                mismatch = _mismatch(minibatch, logprobs, self.version)
+            self.optimizer_steps += 1
+            reports.append(report | {"tokens": minibatch.segments.tokens})
+        if not reports:
+            raise RunError("the batch trains no token in any of its optimizer steps: every loss mask is empty")
+        metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
+        metrics |= {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
+        return StepReport(metrics | mismatch, len(reports))
+
+    def _forward_backward(self, minibatch: Batch) -> tuple[dict[str, float], np.ndarray]:
+        """Gradients of one optimizer step; its metrics, and the trainer's log-probabilities, float64 [N], NaN where not trained."""
+        assert self.context.aggregation is not None
+        logprobs = np.full(minibatch.n_rows, np.nan)
+        sums: dict[str, Tensor] = {}
+        kept = np.flatnonzero(minibatch.segments.sequence_tokens)
+        trained = minibatch.select(kept)
+        for samples in self._micro_batches(trained, units_of(trained, self.unit)):
+            micro = trained.select(samples)
+            rows = np.flatnonzero(micro.array("loss_mask"))
+            result = self.model.logprobs(micro, rows)
+            logprob, entropy = spread(result.logprob, rows, micro), spread(result.entropy, rows, micro)
+            loss, parts = shares(micro, logprob, entropy, self.context.losses, self.context.aggregation)
+            loss.backward()
+            for name, part in parts.items():
+                sums[name] = sums[name] + part if name in sums else part
+            logprobs[minibatch.rows_of(kept[samples])[rows]] = result.logprob.detach().cpu().numpy()
+        return {name: float(x) for name, x in sums.items()}, logprobs
+
+
+def _mismatch(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, float]:
+    trained = batch.array("loss_mask")
+    return mismatch_metrics(logprobs[trained], batch.array("logprobs")[trained], batch.array("versions")[trained], version)
