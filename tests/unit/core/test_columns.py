@@ -144,7 +144,7 @@ def test_missing_rows_hold_the_fill(name: str, fill: float) -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_the_sentinel_of_routing_is_the_maximum_of_its_dtype(dtype: str) -> None:
     column = np.zeros((2, 1, 1), dtype)
-    assert take_rows(column_spec("routing"), column, np.array([-1])).item() == {"uint8": 255, "uint16": 65535}[dtype]
+    assert rows_of(take_rows(column_spec("routing"), column, np.array([-1]))) == [[[{"uint8": 255, "uint16": 65535}[dtype]]]]
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,6 @@ def spans(*items: SamplingSpan) -> Callable[[Sample], None]:
 
 BLOB = Blob({"x": np.zeros(1)})
 T = 5
-NEEDLESS = {"top_p": 0.9, "top_k": 0, "temperature": 0.7}
 
 # What is broken in ragged() (tokens 5 6 | 10 11 1, the last three sampled and trained), and what the message says.
 BREAKAGES: list[tuple[str, Callable[[Sample], object], str]] = [

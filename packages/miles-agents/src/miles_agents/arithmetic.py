@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 LONGEST = 100
@@ -12,8 +13,14 @@ DECIMALS = 6
 
 _WRITTEN = re.compile(r"[0-9+\-*/().% ]+")
 _PERCENT = re.compile(r"(\d+\.?\d*|\.\d+)%")
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
-_SIGNS = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_OPERATORS: dict[type[ast.operator], Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+_SIGNS: dict[type[ast.unaryop], Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def evaluate(expression: str) -> Fraction:

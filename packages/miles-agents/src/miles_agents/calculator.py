@@ -23,7 +23,10 @@ ANSWER = re.compile(r"\s*ans (-?\d{1,20})\s*(<[^<> ]+>)?\s*")  # the end-of-text
 
 
 class Calculator:
-    """Answers ``<call> 47 + 58 </call>`` with the result, or ``error``; anything else ends the trajectory: 1.0 for ``ans`` and the label, else 0."""
+    """Answers ``<call> 47 + 58 </call>`` with the result, or ``error``. Anything else ends the trajectory.
+
+    The reward is 1.0 if the policy's last turn is ``ans`` and the label, else 0.0.
+    """
 
     stop = ("</call>",)
 

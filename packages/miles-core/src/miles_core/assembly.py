@@ -50,7 +50,7 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     contexts = {name: replace(base, model=name, model_path=paths[name], tokenizer=tokenizers[name]) for name in stage.models}
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
     if origin.directory is not None:
-        for name, trainer in trainers.items():
+        for name, trainer in ((n, t) for n, t in trainers.items() if stage.models[n].learns):
             await trainer.load(origin.directory / "models" / name)
     policies = tuple(name for name, model in stage.models.items() if model.role == "policy")
     sampling = "engine" in stage.rollout.required() or bool(stage.evaluators)

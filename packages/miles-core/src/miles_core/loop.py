@@ -77,6 +77,10 @@ class Loop:
         """Weight version that engines serve between steps; also the run's step number."""
         return self.first_step + self.step
 
+    def learning(self) -> dict[str, Trainer]:
+        """The trainers whose models are trained; the others never change."""
+        return {n: t for n, t in self.trainers.items() if self.stage.models[n].learns}
+
     def request_stop(self) -> None:
         """Finish the step in progress, save, and end."""
         self.stopping = True
@@ -200,7 +204,7 @@ class Loop:
             return
         with self._phase("save"):
             partial = cut.begin(self.run_dir.checkpoints, self.version)
-            for name, trainer in self.trainers.items():
+            for name, trainer in self.learning().items():
                 directory = partial / "models" / name
                 directory.mkdir(parents=True)
                 await trainer.save(directory)

@@ -293,7 +293,7 @@ class _PlainConfig:
 def factory(obj: Any, options: dict[str, Any], point: Point, origin: str) -> Callable[[], Any]:
     """Makes a new one for each use, from a class that keeps the point's Protocol."""
     if not inspect.isclass(obj):
-        raise PluginError(f"{origin} is a {type(obj).__name__}; a {point.name} is a class, an instance is made for each use")
+        raise PluginError(f"{origin} is a {type(obj).__name__}; expected a class, an instance is made for each use")
     check_protocol(obj, point, origin)
     return functools.partial(obj, **options)
 

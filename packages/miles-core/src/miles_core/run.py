@@ -105,9 +105,8 @@ class Run:
         try:
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
-                for name, trainer in self._loop.trainers.items():
-                    if self._loop.stage.models[name].learns:
-                        await trainer.export(run_dir.models / following / name)
+                for name, trainer in self._loop.learning().items():
+                    await trainer.export(run_dir.models / following / name)
             return self._loop.step
         finally:
             await close(self._loop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # the extra miles-core[data]
 
 PAD, EOS = "<pad>", "<eos>"
 BYTES = 256
+SAMPLE = 1000
+"""So many texts stand for all when words are checked: a source may make millions."""
 
 # Contractions, words with the space before them, single digits, runs of signs, single line ends, other white space.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+(?!\S)|[^\S\n]+"
@@ -61,7 +64,7 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
 
     Args:
         config: Which.
-        texts: What it is for: bpe is trained on them; words must be able to write them.
+        texts: What it is for: bpe is trained on all of them; words must be able to write them (the first thousand are checked).
 
     Raises:
         DataError: A text holds what none of the words can write, or there is no text to train bpe on.
@@ -78,14 +81,14 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{path} holds no tokenizer (no tokenizer_config.json); give the directory of a model with its tokenizer files")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)  # ty: ignore[invalid-explicit-return]
 
 
 def _words(config: TokenizerConfig, texts: Iterable[str]):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     longest_first = "|".join(re.escape(w) for w in sorted((*config.words, EOS, PAD), key=len, reverse=True))
-    for text in texts:
+    for text in islice(texts, SAMPLE):
         if rest := re.sub(longest_first, "", text):
             raise DataError(f"no word of the tokenizer writes {rest[0]!r} in {text!r}; add it to the tokenizer's words")
     vocabulary = {word: i for i, word in enumerate((PAD, EOS, *config.words))}

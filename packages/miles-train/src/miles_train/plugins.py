@@ -38,6 +38,7 @@ class TorchTrainerConfig(PluginConfig):
     """What the forward pass computes in; None: float32 on a CPU, bfloat16 on a GPU. Master weights, moments and gradient
     accumulation are float32 in any case."""
     layout: Literal["padded", "packed"] = "padded"
-    """A micro-batch is [samples, longest] with padding, or one row [1, N] without."""
+    """A micro-batch is [samples, longest] with padding, or one row [1, N] without. Where there is no flash attention a packed row
+    costs the square of its length: set micro_batch_tokens to some 500 on a CPU, or pad."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Most rows of a forward pass, padding included. It changes memory and speed, never the gradient."""

@@ -173,6 +173,7 @@ def _report(outcome: Outcome) -> None:
 def main() -> None:
     """Entry point of the command ``miles``."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live view is the progress
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app(standalone_mode=False)

@@ -91,8 +91,9 @@ def final_answer(solution: str, where: str) -> str:
 
 
 def passages(solution: str, where: str) -> Iterator[Passage]:
-    """A solution cut where the calculator speaks. Raises DataError naming ``where`` for an annotation that is not ``<<expression=result>>``."""
-    if ANNOTATION.sub("", solution).count("<<") or ANNOTATION.sub("", solution).count(">>"):
+    """A solution cut where the calculator speaks. Raises DataError naming ``where`` for a ``<<`` or ``>>`` that is no annotation."""
+    rest = ANNOTATION.sub("", solution)
+    if "<<" in rest or ">>" in rest:
         raise DataError(f"{where}: the solution holds a '<<' or '>>' that is no annotation of the form <<expression=result>>: {solution!r}")
     written = 0
     for annotation in ANNOTATION.finditer(solution):
@@ -113,7 +114,7 @@ def _from_hub(split: str) -> Rows:
     except ModuleNotFoundError as error:
         raise PluginError("data_source gsm8k with path: hub needs datasets; pip install 'miles-core[data]', or give a directory") from error
     try:
-        return load_dataset("openai/gsm8k", "main", split=split)  # ty: ignore[invalid-return-type]
+        return load_dataset("openai/gsm8k", "main", split=split)  # ty: ignore[invalid-explicit-return]
     except OSError as error:
         raise ConfigError(
             f"data_source gsm8k: openai/gsm8k cannot be fetched from the Hugging Face hub ({error}). "

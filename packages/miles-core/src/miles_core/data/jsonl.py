@@ -50,7 +50,7 @@ class Jsonl(PluginConfig):
 class JsonlFile:
     """Rows of a JSON Lines file by index. Only where each line begins is kept in memory; blank lines are skipped.
 
-    Raises ConfigError when there is no such file, DataError when it has no rows.
+    Raises ConfigError when there is no such file, DataError when it is empty.
     """
 
     def __init__(self, path: Path, setting: str, limit: int | None = None):
@@ -62,7 +62,7 @@ class JsonlFile:
         self.path = path
         self._lines, self._offsets = np.fromiter(chain.from_iterable(islice(_lines(path), limit)), np.int64).reshape(-1, 2).T
         if not len(self):
-            raise DataError(f"{path} has no rows; a jsonl file holds one JSON object a line")
+            raise DataError(f"{path} is empty; a jsonl file holds one JSON object a line")
 
     def __len__(self) -> int:
         return len(self._lines)

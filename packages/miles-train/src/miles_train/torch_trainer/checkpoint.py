@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -63,11 +64,15 @@ def load_state(directory: Path, optimizer: MasterAdamW, device: torch.device) ->
 
 
 def export(directory: Path, model: CausalLM, source: Path) -> None:
-    """Write config and weights as transformers does, and the tokenizer files of ``source``."""
-    model.hf.save_pretrained(directory)
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
+    """Write config and weights as transformers does, and the tokenizer files of ``source``. Once config.json is there, all is."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory, prefix=".export-") as scratch:
+        model.hf.save_pretrained(scratch)
+        for pattern in TOKENIZER_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, Path(scratch) / file.name)
+        for file in sorted(Path(scratch).iterdir(), key=lambda f: f.name == "config.json"):
+            file.replace(directory / file.name)
 
 
 def _read(path: Path, expected: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:

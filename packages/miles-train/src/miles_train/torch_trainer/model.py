@@ -23,9 +23,10 @@ LOADED = ("tokens", "targets", "positions", "temperatures")
 """Batch columns that ``CausalLM.logprobs`` reads."""
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
     """The model in ``path`` with all its weights, in evaluation mode: dropout would make log-probabilities random.
 
+    ``attention`` None leaves the implementation to transformers: sdpa, or eager where a model has no other.
     Raises ConfigError if there is no model or weights are missing (transformers would make them up).
     """
     if not (path / "config.json").is_file():
@@ -48,7 +49,7 @@ class CausalLM:
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
         flash = layout == "packed" and device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-        self.hf = load_model(path, dtype, device, "flash_attention_2" if flash else "sdpa")
+        self.hf = load_model(path, dtype, device, "flash_attention_2" if flash else None)
         self.device = device
         self._layout = LAYOUTS[layout]
         self._head = _output_projection(self.hf)
@@ -130,5 +131,6 @@ def _check_packing(model: PreTrainedModel) -> None:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-4
+    """Equal but for rounding: both come from the same operations on the same numbers."""
+    tolerance = 5e-3 if a.dtype == torch.bfloat16 else 1e-4
     return torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max()))

@@ -52,7 +52,7 @@ def shares(
             raise PluginError(f"loss {term!r} gave {list(outputs.loss.shape)}; expected a loss for each row, {list(ops.mask.shape)}")
         share = ops.share(outputs.loss, weights)
         if not torch.isfinite(share):
-            raise RunError(f"loss {term!r} is {float(share)}{_origin(micro, ops, outputs.loss * weights)}")
+            raise RunError(f"loss {term!r} is {float(share.detach())}{_origin(micro, ops, outputs.loss * weights)}")
         total = total + share
         parts[f"loss/{term}"] = share.detach()
         for name, values in outputs.metrics.items():

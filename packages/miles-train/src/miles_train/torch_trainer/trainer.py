@@ -136,7 +136,7 @@ class TorchTrainer:
 
     async def close(self) -> None:
         """Give the model's memory and the thread back; the trainer cannot be used afterwards."""
-        self._worker.shutdown()
+        await asyncio.to_thread(self._worker.shutdown)  # a call that was given up may still be running
         del self.model, self._optimizer
         if self.context.device == "cuda":
             torch.cuda.empty_cache()

@@ -1,0 +1,104 @@
+"""Keys and values of many sequences, one slot each, behind the Cache interface of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where one forward pass of n rows and S columns reads and writes.
+
+    Attributes:
+        slots: int64 [n]; row i is the sequence in slot ``slots[i]``.
+        positions: int64 [n, S]: where the keys and values of each input go in their sequence.
+        length: Positions that attention sees, from 0 on: L.
+        leading: Whether ``slots`` is 0 … n − 1, so that a view does instead of a copy.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    length: int
+    leading: bool
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, each [slots, heads_kv, positions, head_dim]; allocated when their shape is first seen."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate zeros: a stale NaN would get through attention's zero weights."""
+        n_slots, length = self._cache.n_slots, self._cache.length
+        self.keys, self.values = (
+            torch.zeros(n_slots, states.shape[1], length, states.shape[3], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Write [n, heads_kv, S, head_dim] where the cache is aimed; read all that attention sees, [n, heads_kv, L, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        aim = self._cache.aim
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            held[aim.slots[:, None], :, aim.positions] = states.transpose(1, 2)
+        return self._read(self.keys, aim), self._read(self.values, aim)
+
+    @staticmethod
+    def _read(held: Tensor, aim: Aim) -> Tensor:
+        seen = held[:, :, : aim.length]
+        return seen[: len(aim.slots)] if aim.leading else seen[aim.slots]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset. Masks are made outside; nothing asks."""
+        return self._cache.aim.length, 0
+
+    def get_seq_length(self) -> int:
+        """Rows differ in length: positions are always given from outside."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """−1: it grows."""
+        return -1
+
+
+class SlotCache(Cache):
+    """A cache whose rows are at different positions; set ``aim`` before each forward pass."""
+
+    def __init__(self, n_layers: int, device: torch.device) -> None:
+        super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
+        self.device = device
+        self.n_slots = 0
+        self.length = 0
+        self.aim: Aim
+
+    def _tensors(self) -> list[Tensor]:
+        return [held for layer in self.layers if layer.is_initialized for held in (layer.keys, layer.values)]
+
+    def grow(self, n_slots: int, length: int) -> None:
+        """Make room for more slots and positions."""
+        self.n_slots, self.length = n_slots, length
+        for layer in self.layers:
+            for name in ("keys", "values") if layer.is_initialized else ():
+                old = getattr(layer, name)
+                new = old.new_zeros(n_slots, old.shape[1], length, old.shape[3])
+                new[: old.shape[0], :, : old.shape[2]] = old
+                setattr(layer, name, new)
+
+    def swap(self, a: Tensor, b: Tensor, length: int) -> None:
+        """Exchange the first ``length`` positions of slots ``a[i]`` and ``b[i]``; no slot is named twice."""
+        here, there = torch.cat([a, b]), torch.cat([b, a])
+        for held in self._tensors():
+            held[here, :, :length] = held[there, :, :length]
+
+    def copy(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Copy the first ``length`` positions of slots ``source[i]`` to slots ``target[i]``."""
+        for held in self._tensors():
+            held[target, :, :length] = held[source, :, :length]

@@ -1,0 +1,147 @@
+"""The model of the local engine: forward passes over rows of different length, after checks that its numbers are the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from miles_core.errors import ConfigError
+
+from . import attention
+from .cache import Aim, SlotCache
+from .routing import RoutingRecorder
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""Largest mean difference from the model's own logits, in standard deviations of these. Rounding is far below; a wrong mask or
+position far above. (A bfloat16 router may choose another expert now and then.)"""
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in a Hugging Face directory, ready to be sampled from.
+
+    Raises:
+        ConfigError: There is none, or weights are missing (transformers would make them up).
+    """
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} has no config.json; a model's path is a Hugging Face directory")
+    model, info = AutoModelForCausalLM.from_pretrained(  # ty: ignore[not-iterable]
+        path, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]!r}; export it again")
+    return model.to(device).eval().requires_grad_(False)
+
+
+class SlotModel:
+    """A causal language model over a slot cache.
+
+    Attributes:
+        hf: The transformers model.
+        cache: Keys and values by slot; ``new_cache`` makes it.
+        vocab_size: Token ids are below it.
+        device: Where it runs.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ConfigError if the model is of a kind whose numbers would be wrong here; the sentence says which."""
+        name = type(model).__name__
+        _check_layers(model.config, name)
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(f"{name} has no linear output projection (lm_head); the local engine takes causal language models")
+        self.hf = model
+        self.device = model.device
+        self.new_cache()
+        self.vocab_size = head.out_features
+        tokens = np.arange(2 * 12).reshape(2, 12) * 7919 % self.vocab_size
+        own = self._own_logits(tokens)
+        if model.config._attn_implementation == "sdpa":  # it says that plain scaled dot-product attention is all it does
+            model.set_attn_implementation(attention.NAME)
+        self._routing = RoutingRecorder(model)
+        self._wanted = torch.zeros(0, dtype=torch.int64, device=self.device)
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0][self._wanted, -1:],))  # lm_head only where asked for
+        self._check_against(own, tokens, name)
+        self.new_cache()
+
+    def new_cache(self) -> SlotCache:
+        """An empty cache in place of the present one."""
+        self.cache = SlotCache(self.hf.config.get_text_config().num_hidden_layers, self.device)
+        return self.cache
+
+    @torch.inference_mode()
+    def forward(self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
+        """Run S tokens of n sequences; their keys and values go to the cache.
+
+        Args:
+            slots: int64 [n], slot of each row.
+            tokens: int64 [n, S]. Columns that a shorter row does not need may hold any token, at positions after its last:
+                what they leave in the cache is overwritten before it is seen.
+            positions: int64 [n, S]. A token sees all positions up to its own.
+            wanted: int64 [m], rows whose logits after the last column are wanted.
+
+        Returns:
+            Logits [m, V] and the routing [n, S, L, K], None for dense models.
+        """
+        length = int(positions.max()) + 1
+        positions_t = self._tensor(positions)
+        self.cache.aim = Aim(self._tensor(slots), positions_t, length, leading=np.array_equal(slots, np.arange(len(slots))))
+        self._wanted = self._tensor(wanted)
+        self._routing.start()
+        visible = torch.arange(length, device=self.device) <= positions_t[..., None]
+        least = torch.finfo(self.hf.dtype).min  # not −∞: a float mask is added (a bool mask would be added too, as 0 and 1)
+        mask = torch.zeros(visible.shape, dtype=self.hf.dtype, device=self.device).masked_fill_(~visible, least)
+        logits = self.hf(
+            input_ids=self._tensor(tokens),
+            position_ids=positions_t,
+            attention_mask=mask[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        return logits[:, -1], self._routing.take(*tokens.shape)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @torch.inference_mode()
+    def _own_logits(self, tokens: np.ndarray) -> Tensor:
+        """[n, V] after the last column, by the model as transformers runs it."""
+        return self.hf(input_ids=self._tensor(tokens), use_cache=False).logits[:, -1]
+
+    def _check_against(self, own: Tensor, tokens: np.ndarray, name: str) -> None:
+        """Prefill two rows, the second with three tokens too many; run the rest token by token from 7 and 4 on; compare."""
+        n, length = tokens.shape
+        self.cache.grow(n, length)
+        rows, logits = np.arange(n), own
+        self.forward(rows, tokens[:, :7], np.tile(np.arange(7), (n, 1)), rows[:0])
+        for step in range(length - 4):
+            positions = np.minimum([[7 + step], [4 + step]], length - 1)  # the first row ends early: its last token is run again
+            logits, _ = self.forward(rows, np.take_along_axis(tokens, positions, 1), positions, rows)
+        error = float((logits.float() - own.float()).abs().mean() / own.float().std())
+        if not error <= TOLERANCE[self.hf.dtype]:
+            raise ConfigError(
+                f"with its cache in slots {name} gives other logits than by itself (mean difference {error:.2g} standard deviations): it "
+                "treats positions or masks in a way that the local engine does not know. Use another engine for this model."
+            )
+
+
+def _check_layers(config: PreTrainedConfig, name: str) -> None:
+    """Raise a ConfigError for caches that are not plain keys and values of all positions, and for positions that depend on the batch."""
+    text = config.get_text_config()
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    if kinds:
+        raise ConfigError(
+            f"{name} has layers that are not full attention (transformers caches them in {', '.join(sorted(kinds))}); "
+            "the local engine keeps keys and values of all positions. Use another engine for this model."
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope_types = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
+    if changing := rope_types & {"dynamic", "longrope"}:
+        raise ConfigError(
+            f"{name} has {changing.pop()!r} rotary positions, which depend on the longest sequence of a batch; the local engine "
+            "would give a sequence other numbers in other company. Use another engine for this model."
+        )

@@ -1,0 +1,99 @@
+"""Drawing tokens: one uniform number each, so that a sample depends on its key and its distribution, never on its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles_core.errors import RunError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each of n rows is drawn, as arrays [n]: float64 ``temperature``, ``top_p``, ``min_p``, int64 ``top_k`` (see SamplingParams)."""
+
+    temperature: np.ndarray
+    top_p: np.ndarray
+    top_k: np.ndarray
+    min_p: np.ndarray
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn.
+
+    Attributes:
+        tokens: int64 [n].
+        logprobs: float32 [n], under the distribution drawn from: scaled by temperature, renormalised over the support. Greedy
+            tokens (temperature 0) have theirs under temperature 1, since greedy choice has no distribution.
+        support: For each row the ids it could be drawn from, in rising order; None where it was not restricted.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    support: list[list[int] | None]
+
+
+def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
+    """One token for each row, by inverting its cumulative distribution.
+
+    The order of restrictions is that of transformers: temperature, top_k, top_p over what top_k left, min_p. Greedy rows ignore them.
+
+    Args:
+        logits: [n, V].
+        settings: Of each row.
+        uniforms: float64 [n] in [0, 1).
+
+    Raises:
+        RunError: A row's logits are not finite.
+    """
+    greedy = settings.temperature == 0
+    temperature = np.where(greedy, 1.0, settings.temperature).astype(np.float32)
+    logits = logits.float()
+    logprobs = torch.log_softmax(logits if (temperature == 1).all() else logits / _column(temperature, logits), dim=-1)
+    support: list[list[int] | None] = [None] * len(logits)
+    restricted = ~greedy & ((settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0))
+    if restricted.any():
+        rows = np.flatnonzero(restricted)
+        rows_t = torch.from_numpy(rows).to(logits.device)
+        kept = _support(logprobs[rows_t], settings, rows)
+        logprobs[rows_t] = torch.log_softmax(logprobs[rows_t].masked_fill(~kept, -torch.inf), dim=-1)
+        for row, mask in zip(rows.tolist(), kept.cpu().numpy(), strict=True):
+            support[row] = np.flatnonzero(mask).tolist()
+    tokens = _invert(logprobs, uniforms)
+    if greedy.any():
+        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logprobs.argmax(dim=-1), tokens)
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+    if not np.isfinite(chosen).all():
+        raise RunError("the policy's logits are not finite (NaN or infinity): its weights have diverged. Lower the learning rate.")
+    return Draw(tokens.cpu().numpy(), chosen, support)
+
+
+def _column(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)[:, None]
+
+
+def _invert(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
+    """int64 [n]: the first token at which the cumulative probability exceeds ``uniform`` · total, in float64."""
+    cumulative = logprobs.double().exp_().cumsum_(dim=-1)
+    total = cumulative[:, -1:]
+    target = _column(uniforms, logprobs) * total
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to the total
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logprobs.shape[1] - 1)  # clamp: rows of NaN
+
+
+def _support(logprobs: Tensor, settings: Settings, rows: np.ndarray) -> Tensor:
+    """bool [m, V]: which tokens may be drawn. At a tie the lower id comes first; at least the likeliest token stays."""
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    top_p, min_p = settings.top_p[rows], settings.min_p[rows]
+    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], logprobs.shape[1])
+    kept = torch.arange(logprobs.shape[1], device=logprobs.device) < _column(top_k, logprobs)
+    probs = ordered.double().exp_() * kept
+    probs /= probs.sum(dim=-1, keepdim=True)
+    before = probs.cumsum(dim=-1) - probs
+    kept &= before < _column(np.where(top_p < 1, top_p, np.inf), logprobs)
+    kept &= probs >= _column(min_p, logprobs) * probs[:, :1]
+    return torch.zeros_like(kept).scatter_(1, order, kept)

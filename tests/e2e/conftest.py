@@ -1,0 +1,60 @@
+"""A miniature of the quick start, and a way to call the command line as a user does, in this process (imports cost seconds)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MINIATURE = """
+extends: quickstart
+name: mini
+trackers: {}
+models: {policy: {config: {hidden_size: 32, intermediate_size: 64, head_dim: 8}}}
+stages:
+  sft: {steps: 2, groups: 8, models: {policy: {trainer: {warmup_steps: 0}}}}
+  rl:
+    steps: 3
+    groups: 2
+    rollout: {group_size: 4, sampling: {max_tokens: 8}}
+    evaluators: {held_out: {prompts: 8}}
+    every: {checkpoint: 1}
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """What went to standard error, on one line."""
+        return " ".join(self.err.split())
+
+
+@pytest.fixture
+def miles(monkeypatch, tmp_path, capsys):
+    """``miles("run", "mini.yaml", "seed=1")`` in a directory of its own that holds ``mini.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("mini.yaml").write_text(MINIATURE)
+
+    def call(*arguments: str) -> Said:
+        from miles_core.cli import main
+
+        monkeypatch.setattr("sys.argv", ["miles", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        out, err = capsys.readouterr()
+        return Said(code, out, err)
+
+    return call
