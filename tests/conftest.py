@@ -2,5 +2,5 @@
 
 from hypothesis import settings
 
-settings.register_profile("miles", deadline=None, max_examples=50, derandomize=True)  # machines are shared: no deadline per example
+settings.register_profile("miles", deadline=None, max_examples=25, derandomize=True)  # machines are shared: no deadline per example
 settings.load_profile("miles")

@@ -23,7 +23,9 @@ def rows(tmp_path: Path):
     """A source over lines written to rows.jsonl; objects are dumped, texts and bytes written as they are."""
 
     def source(lines: list, **options) -> JsonlSource:
-        written = [line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode() for line in lines]
+        written = [
+            line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else json.dumps(line).encode() for line in lines
+        ]
         (tmp_path / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in written))
         config = config_class("data_source", "jsonl").model_validate({"use": "jsonl", "path": str(tmp_path / "rows.jsonl"), **options})
         return config.build(CONTEXT)
@@ -153,7 +155,8 @@ def test_a_solution_is_cut_where_the_calculator_speaks() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["no end", "so\n#### five", "#### 5 \nmore", "a <<1+1=2 b\n#### 2", "a <<1+1>>2\n#### 2", "a >> b\n#### 2", "<<1=1<<2=2>>\n#### 2"]
+    "answer",
+    ["no end", "so\n#### five", "#### 5 \nmore", "a <<1+1=2 b\n#### 2", "a <<1+1>>2\n#### 2", "a >> b\n#### 2", "<<1=1<<2=2>>\n#### 2"],
 )
 def test_a_malformed_solution_names_file_and_line(tmp_path: Path, answer: str) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Why?", "answer": answer}) + "\n")

@@ -78,6 +78,7 @@ def test_no_samples_is_a_file_too(tmp_path: Path) -> None:
     check_round_trip([], tmp_path / "samples")
 
 
+@pytest.mark.slow
 def test_more_text_than_a_safetensors_header_holds(tmp_path: Path) -> None:
     """Headers end at 100 MB; prompts of a long-context batch do not."""
     sample = answer(sample_id(), [1], [2], metadata={"transcript": "x" * 101_000_000})

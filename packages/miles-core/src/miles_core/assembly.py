@@ -53,9 +53,7 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
         for name, trainer in ((n, t) for n, t in trainers.items() if stage.models[n].learns):
             await trainer.load(origin.directory / "models" / name)
     policies = tuple(name for name, model in stage.models.items() if model.role == "policy")
-    sampling = "engine" in stage.rollout.required() or bool(stage.evaluators)
-    configs = {p: e for p in policies if sampling and (e := stage.models[p].engine) is not None}
-    engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p, e in configs.items()}
+    engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
     players = Players(config.name, config.seed, policies, engines, tokenizers, {p: len(tokenizers[p]) for p in policies})
 
     state = origin.state
@@ -84,11 +82,11 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
         transports={p: stage.models[p].transport.build(contexts[p]) for p in policies},
         buffer=buffer,
         producer=producer,
-        evaluators={n: e.build(base) for n, e in stage.evaluators.items()},
+        evaluators={n: e.build(contexts[policies[0]]) for n, e in stage.evaluators.items()},
         trackers=trackers,
         hooks=hooks,
         observer=observer,
-        config_hash=cut.config_hash(config.to_yaml()),
+        config_hash=config.fingerprint(),
         keep=config.keep_checkpoints,
         step=state.step if state else 0,
         saved_step=state.step if state else -1,

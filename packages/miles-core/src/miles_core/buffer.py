@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from .errors import RunError
+from .errors import DataError, RunError
 from .refs import GroupRef
 from .waiting import deadline
 
@@ -34,7 +34,6 @@ class Buffer:
         max_staleness: In versions.
         steps: Steps of the stage; nothing is started that could not be trained.
         first_version: Weight version at the start of the stage.
-        first_step: Steps of the stage that are done (after a resume).
     """
 
     def __init__(self, groups: int, max_staleness: int, steps: int, *, first_version: int = 0):
@@ -88,20 +87,26 @@ class Buffer:
 
         Raises:
             RunError: They were not complete within ``seconds``, or a fresh token is older than ``max_staleness`` allows.
+            DataError: Two of them have the same id.
         """
         await deadline(
             self._wait_ready(),
             seconds,
             "the loop",
-            f"{self.groups} groups ({len(self.ready)} were ready)",
+            lambda: f"{self.groups} groups ({len(self.ready)} were ready)",
             "Raise deadlines.rollout, or look for a slow environment or reward.",
         )
-        async with self._changed:
-            taken = sorted(self.ready[: self.groups], key=lambda g: g.position)
-            self.ready = self.ready[self.groups :]
-            self.counts.taken += len(taken)
+        taken = sorted(self.ready[: self.groups], key=lambda g: g.position)
         self._assert_fresh(taken)
+        self._assert_distinct(taken)
+        self.ready = self.ready[self.groups :]
+        self.counts.taken += len(taken)
         return taken
+
+    def put_back(self, groups: list[GroupRef]) -> None:
+        """Groups that were taken and not trained on, because the step failed before."""
+        self.ready = groups + self.ready
+        self.counts.taken -= len(groups)
 
     async def _wait_ready(self) -> None:
         async with self._changed:
@@ -117,6 +122,15 @@ class Buffer:
                 raise RunError(
                     f"sample {ref.id} was sampled by versions {ref.versions}, but version {now} with max_staleness {self.max_staleness} "
                     f"takes none before {oldest_allowed}. This is a bug in admission or in an engine's version stamp."
+                )
+
+    def _assert_distinct(self, groups: list[GroupRef]) -> None:
+        positions: dict[str, int] = {}
+        for group in groups:
+            if positions.setdefault(group.id, group.position) != group.position:
+                raise DataError(
+                    f"group {group.id} stands at two positions of the data, {positions[group.id]} and {group.position}: two prompts "
+                    "have the same id. Give every prompt of the data source an id of its own."
                 )
 
     async def published(self) -> None:

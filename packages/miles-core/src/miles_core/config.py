@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,11 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
-from .plugins import plug
+from .plugins import add_import_directories, config_class, plug
 from .recipe import KeyPath, Recipe, load_recipe, merge
 from .tokenizers import TokenizerConfig
 
-Plug = dict  # what a recipe holds before a plug-in's own options are validated
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Of a stage, model or evaluator: part of file names, and of override keys, in which dots separate."""
 
 
 class Tree(BaseModel):
@@ -88,7 +90,7 @@ class StageConfig(Tree):
     """Steps of the loop."""
     groups: int = Field(gt=0)
     """Groups (prompts) a step trains on."""
-    models: dict[str, ModelConfig]
+    models: dict[Name, ModelConfig]
     """By name; single-policy recipes call theirs ``policy``."""
     data: plug("data_source")  # ty: ignore
     shuffle: bool = True
@@ -106,7 +108,7 @@ class StageConfig(Tree):
     """Optimizer steps an epoch."""
     max_staleness: int = Field(0, ge=0)
     """Versions by which training data may be old. 0: exact alternation of rollout and training."""
-    evaluators: dict[str, plug("evaluator")] = {}  # ty: ignore
+    evaluators: dict[Name, plug("evaluator")] = {}  # ty: ignore
     every: Every = Every()
     deadlines: Deadlines = Deadlines()
 
@@ -127,20 +129,32 @@ class RunConfig(Tree):
     """Newest cuts that are kept."""
     import_from: list[Path] = []
     """Directories in which plug-in modules are found (the recipe's own is added)."""
-    stages: dict[str, StageConfig]
+    stages: dict[Name, StageConfig]
 
     def to_yaml(self) -> str:
         """The resolved configuration; ``from_resolved`` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    def fingerprint(self) -> str:
+        """Hash of what a run computes; who watches, how often and how long it may take can change between lives of a run."""
+        how_long = {"rewards": {"__all__": {"timeout_s"}}, "deadlines": True, "every": True}
+        aside = dict.fromkeys(("runs_dir", "trackers", "hooks", "keep_checkpoints", "import_from"), True)
+        data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
+        return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()
 
     @staticmethod
     def from_resolved(path: Path) -> RunConfig:
-        """Read a run's ``config.yaml``."""
+        """Read a run's ``config.yaml``. Plug-ins are found where the run found them."""
         try:
             data = yaml.safe_load(path.read_text())
         except OSError as error:
             raise ConfigError(f"{path.parent} is no run directory: {path.name} cannot be read ({error.strerror})") from error
-        return _validate(Recipe(data, {}, path.parent), data)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds a {type(data).__name__}; a resolved configuration is a mapping")
+        add_import_directories(data.get("import_from", []))
+        return _validate(Recipe(data, {(): str(path)}), data)
 
 
 RUN_KEYS = frozenset(RunConfig.model_fields)
@@ -153,18 +167,15 @@ def resolve(name: str, overrides: list[str] | None = None) -> RunConfig:
         ConfigError: With one line for each wrong key: where it was set, what is wrong, the nearest right key.
         PluginError: A plug-in is missing or does not import.
     """
-    from .plugins import add_import_directories
-
     recipe = load_recipe(name, overrides)
-    common = {k: v for k, v in recipe.data.items() if k not in RUN_KEYS or k == "steps"}
+    common = {k: v for k, v in recipe.data.items() if k not in RUN_KEYS}
     run = {k: v for k, v in recipe.data.items() if k in RUN_KEYS and k != "stages"}
     stages = recipe.data.get("stages") or {"main": {}}
-    if not isinstance(stages, dict):
-        where = recipe.origin(("stages",))
-        raise ConfigError(f"{where}: stages is a {type(stages).__name__}; it maps a stage's name to what differs there")
     run["stages"] = {stage: merge(common, overlay or {}) for stage, overlay in stages.items()}
-    run["import_from"] = [*run.get("import_from", []), str(recipe.directory)]
-    add_import_directories(run["import_from"])
+    given = run.get("import_from") or []
+    if isinstance(given, list):  # else validation says what it is
+        run["import_from"] = [*given, *map(str, recipe.directories)]
+        add_import_directories(run["import_from"])
     return _validate(recipe, run)
 
 
@@ -184,14 +195,11 @@ def _sentences(error: ValidationError, recipe: Recipe, prefix: KeyPath, data: An
         if isinstance(nested, ValidationError):
             out += _sentences(nested, recipe, path, data)
             continue
-        # A key that a stage inherits was written at the top of the recipe.
-        written = path if path in recipe.origins or path[:1] != ("stages",) else path[2:] or path
+        written = _written(path, recipe)
         key, where = ".".join(written), recipe.origin(written)
         if problem["type"] == "extra_forbidden":
             known = _known_keys(RunConfig, path[:-1], data)
-            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
-            out.append(f"{where}: unknown key {key!r}. {hint}")
+            out.append(f"{where}: unknown key {key!r}. {_hint(path, written, known)}")
         elif problem["type"] == "missing":
             out.append(f"{where}: key {key!r} is missing")
         else:
@@ -201,18 +209,32 @@ def _sentences(error: ValidationError, recipe: Recipe, prefix: KeyPath, data: An
     return out
 
 
+def _written(path: KeyPath, recipe: Recipe) -> KeyPath:
+    """Where a key of a stage was written: there, or at the top of the recipe, from which stages inherit."""
+    if path[:1] != ("stages",):
+        return path
+    in_stage, above = recipe.known_depth(path) - 2, recipe.known_depth(path[2:])
+    return path if in_stage >= above else path[2:]
+
+
+def _hint(path: KeyPath, written: KeyPath, known: list[str]) -> str:
+    """The nearest right key."""
+    of_stage = len(path) == 3 and path[0] == "stages"
+    near = difflib.get_close_matches(path[-1], [*known, *sorted(RUN_KEYS)] if of_stage else known, n=1, cutoff=0.5)
+    if near and near[0] in RUN_KEYS and of_stage and written == path:
+        return f"{near[0]!r} belongs to the whole run: write it at the top of the recipe."
+    return f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
+
+
 def _known_keys(model: Any, path: KeyPath, data: Any) -> list[str]:
-    """Keys that are allowed in the mapping at ``path`` (top-level keys of a recipe are run keys and stage keys)."""
+    """Keys that are allowed in the mapping at ``path``."""
     for depth, part in enumerate(path):
         data = data.get(part, {}) if isinstance(data, dict) else {}
         if isinstance(data, dict) and "use" in data and (point := _point_of(path[: depth + 1])):
-            from .plugins import config_class
-
             model = config_class(point, data["use"])
         elif hasattr(model, "model_fields") and part in model.model_fields:
             model = _inner_model(model.model_fields[part].annotation)
-    fields = list(getattr(model, "model_fields", {}))
-    return fields + [f for f in RunConfig.model_fields if f != "stages"] if model is StageConfig else fields
+    return list(getattr(model, "model_fields", {}))
 
 
 def _inner_model(annotation: Any) -> Any:

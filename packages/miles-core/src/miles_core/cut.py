@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class CutState:
         in_flight: Positions that had been started and not trained; they are issued again.
         counts: The buffer's counts without those in flight.
         ready: (id, position, number of samples) of each complete group in the buffer.
-        config_hash: Hash of the configuration.
+        config_hash: ``RunConfig.fingerprint``, what ties a cut to its configuration.
     """
 
     stage: str
@@ -51,21 +52,17 @@ class CutState:
         return Counts(**self.counts)
 
 
-def config_hash(yaml_text: str) -> str:
-    """What ties a cut to its configuration."""
-    return hashlib.blake2b(yaml_text.encode(), digest_size=8).hexdigest()
-
-
 def begin(checkpoints: Path, global_step: int) -> Path:
-    """An empty directory to write a cut's files into."""
+    """An empty directory to write a cut's files into; unfinished ones of an earlier life go."""
+    for unfinished in checkpoints.glob("step-*.partial"):
+        shutil.rmtree(unfinished)
     partial = checkpoints / f"step-{global_step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
 def commit(partial: Path, state: CutState, ready: list[GroupRef], keep: int) -> Path:
-    """Write the buffer and the manifest (last), give the cut its name, remove all but the newest ``keep``."""
+    """Write the buffer and the manifest (last), give the cut its name, remove all but it and the ``keep`` − 1 before it."""
     if ready:
         save_samples(partial / "buffer.safetensors", [s for g in ready for s in g.get().samples])
     manifest = {"format": FORMAT, "state": asdict(state), "files": _describe(partial)}
@@ -78,7 +75,8 @@ def commit(partial: Path, state: CutState, ready: list[GroupRef], keep: int) -> 
     final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in _newest_first(final.parent)[keep:]:
+    cuts = _newest_first(final.parent)  # one of a later step is damaged, or the run would have gone on from there
+    for old in cuts[cuts.index(final) + keep :]:
         shutil.rmtree(old)
     return final
 
@@ -87,12 +85,12 @@ def newest(checkpoints: Path, expected_hash: str) -> tuple[Path, CutState, list[
     """The newest complete cut of this configuration.
 
     Returns:
-        Its directory, its state, and a sentence for each newer one that is damaged.
+        Its directory, its state, and a sentence for each one that was passed over: unfinished, or newer and damaged.
 
     Raises:
         CheckpointError: There is none, or it belongs to another configuration.
     """
-    passed_over = []
+    passed_over = [f"{p.name} was not finished and was passed over" for p in sorted(checkpoints.glob("step-*.partial"))]
     for directory in _newest_first(checkpoints):
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
@@ -122,7 +120,8 @@ def read_ready(directory: Path, state: CutState) -> list[GroupRef]:
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
-    return sorted((p for p in checkpoints.glob("step-*") if p.suffix != ".partial"), reverse=True)
+    cuts = {int(found[1]): p for p in checkpoints.glob("step-*") if (found := re.fullmatch(r"step-(\d+)", p.name))}
+    return [cuts[step] for step in sorted(cuts, reverse=True)]
 
 
 def _describe(directory: Path) -> dict[str, dict[str, Any]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from .errors import ConfigError
 from .plugins import PluginConfig, plug
 from .protocols import BuildContext, DataSource, Evaluation, Players, Rollout
 from .rollouts.trajectories import Sampling, Trajectories
-from .sample import Sample, Status, trajectory_reward
+from .sample import Group, Sample, Status
 from .scoring import Scorer
 from .waiting import gather
 
@@ -33,14 +32,22 @@ class Sampled(PluginConfig):
     success: float = 1.0
     """A trajectory succeeds when its reward is at least this."""
 
+    def problems(self, stage: Any) -> list[str]:
+        """It plays the stage's own rollout with the engine of the main policy."""
+        found = []
+        if not isinstance(stage.rollout, Trajectories):
+            found.append(f"it plays the stage's rollout, which must be 'trajectories', not {stage.rollout.use!r}")
+        if any(m.role == "policy" and m.engine is None for m in stage.models.values()):
+            found.append("it samples, but the policy has no engine; add e.g. engine: {use: local} to the model")
+        return found
+
 
 class SampledEvaluator:
     """Plays prompts with the stage's rollout and rewards, the same randomness each time, so that curves are comparable."""
 
     def __init__(self, config: Sampled, context: BuildContext):
         stage_rollout = context.stage.rollout
-        if not isinstance(stage_rollout, Trajectories):
-            raise ConfigError(f"evaluator 'sampled' plays the stage's rollout; it needs rollout 'trajectories', not {stage_rollout.use!r}")
+        assert isinstance(stage_rollout, Trajectories)  # see ``Sampled.problems``
         own = {"group_size": config.samples} | ({"sampling": config.sampling} if config.sampling else {})
         self.config = config
         self.data: DataSource = config.data.build(context)
@@ -52,11 +59,16 @@ class SampledEvaluator:
         count = min(self.config.prompts or len(self.data), len(self.data))
         groups = await gather(self._group(players, index) for index in range(count))
         samples = [s for group in groups for s in group]
-        success = np.array([[trajectory_reward([s]) >= self.config.success for s in group] for group in groups])
+        if self.scorer.has_batch_rewards:
+            await self.scorer.score_batch(samples)
+        rewards = np.array(
+            [[r for of_policy in Group("", group).rewards().values() for r in of_policy] for group in groups]
+        )  # [prompts, k]
+        success = rewards >= self.config.success
         k = self.config.samples
         metrics = {
             f"avg@{k}": float(success.mean()),
-            "reward": float(np.mean([trajectory_reward([s]) for s in samples])),
+            "reward": float(rewards.mean()),
             "length": float(np.mean([s.n_sampled for s in samples])),
             "truncated": float(np.mean([s.status == Status.TRUNCATED for s in samples])),
         }

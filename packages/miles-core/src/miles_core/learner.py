@@ -9,6 +9,7 @@ import numpy as np
 
 from .batch import Batch
 from .config import ModelConfig, StageConfig
+from .errors import DataError
 from .plan import Unit, optimizer_steps
 from .prefixes import mean_over_branches, row_owners, train_once
 from .protocols import Advantage, AdvantageInputs, SampleFilter, StepReport, Trainer
@@ -47,7 +48,7 @@ class Learner:
         batch = Batch.of(refs)
         self.metrics = {}
         for name, keep in self.filters.items():
-            out = [s for s, ref in enumerate(batch.refs) if keep(ref.get()) is not None]
+            out = [s for s, ref in enumerate(batch.refs) if _taken_out(name, keep(ref.get()), ref)]
             self.metrics[f"filtered/{name}"] = len(out) / len(batch)
             mask = batch.array("loss_mask").copy()
             mask[batch.rows_of(np.array(out, np.int64))] = False
@@ -101,6 +102,12 @@ class Learner:
                 prefix = "" if name == self.policy else f"{name}/"
                 metrics |= {prefix + k: v for k, v in report.metrics.items()} | {f"{prefix}optimizer_steps": report.optimizer_steps}
         return metrics
+
+
+def _taken_out(name: str, reason: str | None, ref: SampleRef) -> bool:
+    if not isinstance(reason, str | None):
+        raise DataError(f"sample filter {name!r} gave {reason!r} for sample {ref.id}; it gives None to keep it, or a reason as text")
+    return reason is not None
 
 
 ROLE_GIVES = {"policy": {"old_logprobs"}, "critic": {"values"}, "reference": {"ref_logprobs"}}

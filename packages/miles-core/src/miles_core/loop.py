@@ -112,26 +112,32 @@ class Loop:
         await self.hooks.fire("before_rollout", self)
         with self._phase("rollout"):
             groups = await self.buffer.take(self.stage.deadlines.rollout)
-        await self.hooks.fire("after_rollout", self)
-        batches = []
-        for learner in self.learners:
-            refs = await self._scored(learner, groups)
-            batch = learner.prepare(refs, self.version)
-            with self._phase("annotate"):
-                batch = await learner.annotate(batch)
-            batch = learner.advantages(batch)
+        try:
+            await self.hooks.fire("after_rollout", self)
+            batches = [await self._batch(learner, groups) for learner in self.learners]
             await self.hooks.fire("before_step", self)
-            with self._phase("train"):
-                self._between_steps = False
-                self.row |= await learner.step(batch)
-            await self.hooks.fire("after_step", self)
-            batches.append(batch)
+        except BaseException:
+            self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
+            raise
+        self._between_steps = False
+        with self._phase("train"):
+            for learner, batch in zip(self.learners, batches, strict=True):
+                prefix = "" if len(self.learners) == 1 else f"{learner.policy}/"
+                self.row |= {prefix + name: value for name, value in (await learner.step(batch)).items()}
         self.step += 1
+        self._between_steps = True
+        await self.hooks.fire("after_step", self)
         with self._phase("publish"):
             await self._publish()
         await self.buffer.published()
-        self._between_steps = True
-        await self._record(batches, groups, began)
+        await self._record(batches, began)
+
+    async def _batch(self, learner: Learner, groups: list[GroupRef]) -> Batch:
+        """What a learner is trained on in this step."""
+        batch = learner.prepare(await self._scored(learner, groups), self.version)
+        with self._phase("annotate"):
+            batch = await learner.annotate(batch)
+        return learner.advantages(batch)
 
     async def _scored(self, learner: Learner, groups: list[GroupRef]) -> list[SampleRef]:
         """The learner's samples; rewards of a whole batch are given here."""
@@ -159,9 +165,10 @@ class Loop:
             trainer.version = self.version
         await self.hooks.fire("after_publish", self)
 
-    async def _record(self, batches: list[Batch], groups: list[GroupRef], began: float) -> None:
+    async def _record(self, batches: list[Batch], began: float) -> None:
         every = self.stage.every
-        self.row |= rollout_metrics(groups) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
+        refs = [r for b in batches for r in b.refs]
+        self.row |= rollout_metrics(refs) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
         if every.trajectories and self.step % every.trajectories == 0:
             with self._phase("save"):
                 self._write_trajectories(batches)
@@ -169,7 +176,7 @@ class Loop:
         if last or self.stopping or (every.evaluate and self.step % every.evaluate == 0):
             await self._evaluate()
         seconds = time.perf_counter() - began
-        self.row |= {"seconds": seconds, "tokens_per_second": sum(r.sampled for g in groups for r in g.refs) / seconds}
+        self.row |= {"seconds": seconds, "tokens_per_second": sum(r.sampled for r in refs) / seconds}
         for tracker in self.trackers:
             tracker.log(self.version, self.row)
         self.observer.step({"step": self.version, **self.row})
@@ -189,7 +196,7 @@ class Loop:
         for name, evaluator in self.evaluators.items():
             with self._phase("evaluate"):
                 found = await deadline(evaluator.evaluate(self.players), self.stage.deadlines.evaluate, "the loop", f"evaluator {name}")
-            self.row |= {f"eval/{name}/{k}": v for k, v in found.metrics.items()}
+            self.row |= {f"eval/{name}/{k}": float(v) for k, v in found.metrics.items()}
             if found.samples:
                 save_samples(self.run_dir.trajectories / f"eval-{name}-{self.version:06d}.safetensors", found.samples)
         if self.evaluators and self.step == 0:
@@ -211,6 +218,7 @@ class Loop:
             in_flight = self.producer.in_flight()
             counts = asdict(self.buffer.counts)
             counts["started"] = counts["taken"] + counts["dropped"] + len(self.buffer.ready)
+            counts["version"] = self.step  # resume publishes it, whether this life came to that or not
             ready = list(self.buffer.ready)
             state = cut.CutState(
                 stage=self.name,
@@ -227,17 +235,19 @@ class Loop:
         await self.hooks.fire("after_checkpoint", self)
 
     async def _rescue(self, error: BaseException) -> None:
-        """Save the last consistent state if there is one that is not on disk, and say so on the error."""
-        if isinstance(error, Exception):
-            await self.hooks.fire("on_failure", self)
-        resume = f"miles resume {self.run_dir.path}"
+        """Save the last consistent state if there is one that is not on disk, say so on the error, and tell the hooks."""
         if self.step > max(self.saved_step, 0) and self._between_steps:
             try:
                 await self._save()
             except Exception as second:
                 error.add_note(f"The state after step {self.version} could not be saved either: {second}")
         if self.saved_step >= 0 or any(self.run_dir.checkpoints.glob("step-*/manifest.json")):
-            error.add_note(f"What was learned is saved. Go on with: {resume}")
+            error.add_note(f"What was learned is saved. Go on with: miles resume {self.run_dir.path}")
+        if isinstance(error, Exception):
+            try:
+                await self.hooks.fire("on_failure", self)
+            except Exception as second:
+                error.add_note(f"on_failure of a hook failed too: {type(second).__name__}: {second}")
 
     @contextmanager
     def _phase(self, name: str) -> Generator[None]:
@@ -247,9 +257,8 @@ class Loop:
         self.row[f"time/{name}"] = float(self.row.get(f"time/{name}", 0.0)) + time.perf_counter() - began
 
 
-def rollout_metrics(groups: Sequence[GroupRef]) -> dict[str, float | int | str]:
+def rollout_metrics(refs: Sequence[SampleRef]) -> dict[str, float | int | str]:
     """What a step's samples were like; rewards once a trajectory."""
-    refs = [r for g in groups for r in g.refs]
     rewards = list({(r.id.policy, r.id.group, r.id.trajectory): r.reward for r in refs if r.reward is not None}.values())
     out: dict[str, float | int | str] = {
         "trajectories": len({(r.id.policy, r.id.group, r.id.trajectory) for r in refs}),

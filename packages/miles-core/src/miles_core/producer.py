@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .buffer import Buffer
 from .cursor import Cursor
 from .errors import DataError, InfrastructureFailure, MilesError, RunError
 from .protocols import GroupFilter, Players, Prompt, Rollout, RolloutContext
 from .refs import GroupRef
-from .sample import Group, Sample
+from .sample import Group, Sample, Status
 from .scoring import Scorer
 from .waiting import deadline
 
@@ -56,10 +56,11 @@ class Producer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.reissue = self.in_flight()
         self._flying.clear()
 
     def in_flight(self) -> list[int]:
-        """Positions of groups that were started and are neither ready nor dropped: a cut issues them again."""
+        """Positions of groups that were started and are neither ready nor dropped, failed ones too: a cut issues them again."""
         return sorted([*self._flying.values(), *self.reissue])
 
     async def _start_groups(self) -> None:
@@ -71,9 +72,11 @@ class Producer:
                 position, self.position = self.position, self.position + 1
             task = asyncio.create_task(self._group(position))
             self._flying[task] = position
-            task.add_done_callback(self._flying.pop)
 
     async def _group(self, position: int) -> None:
+        """One group, from prompt to buffer. It is in flight until the very moment in which it is ready or dropped."""
+        task = asyncio.current_task()
+        assert task is not None
         try:
             prompt, epoch = self.cursor.prompt(position), self.cursor.epoch(position)
             context = self.players.context(f"e{epoch}-{prompt.id}", epoch)
@@ -83,9 +86,11 @@ class Producer:
             if reason is None:
                 ref = GroupRef.of(group, position)
                 await self.buffer.put(ref)
+                del self._flying[task]
                 self.on_group(ref)
             else:
                 await self.buffer.drop(reason)
+                del self._flying[task]
                 self.on_group(None)
         except asyncio.CancelledError:
             raise
@@ -94,6 +99,7 @@ class Producer:
 
     async def _play(self, prompt: Prompt, context: RolloutContext) -> Group:
         samples = await self._sample(prompt, context)
+        _check_ids(samples, context)
         for sample in samples:
             vocab_size = self.players.vocab_sizes.get(sample.id.policy)
             if vocab_size is None:
@@ -103,9 +109,10 @@ class Producer:
         return Group(context.group, samples)
 
     async def _sample(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
-        for _ in range(self.attempts):
+        for attempt in range(self.attempts):
             try:
-                samples = await self.rollout(prompt, context)
+                samples = await self.rollout(prompt, replace(context, attempt=attempt))
+                _check_ended(samples)
             except InfrastructureFailure as failure:
                 last: Exception = failure
             except MilesError:
@@ -122,4 +129,30 @@ class Producer:
         wanted = getattr(getattr(self.rollout, "config", None), "group_size", 1)
         if wanted >= 2 and len(group.trajectories()) < 2:
             return "fewer than 2 trajectories"
-        return next((f"{name}: {reason}" for name, f in self.filters.items() if (reason := f(group))), None)
+        for name, keep in self.filters.items():
+            reason = keep(group)
+            if not isinstance(reason, str | None):
+                raise DataError(
+                    f"group filter {name!r} gave {reason!r} for group {group.id}; it gives None to keep it, or a reason as text"
+                )
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
+
+def _check_ended(samples: list[Sample]) -> None:
+    for sample in samples:
+        if sample.status in (Status.FAILED, Status.ABORTED):
+            raise InfrastructureFailure(f"sample {sample.id} is {sample.status}")
+
+
+def _check_ids(samples: list[Sample], context: RolloutContext) -> None:
+    """Statistics go by group and trajectory, so ids must tell samples apart."""
+    seen = set()
+    for sample in samples:
+        id = sample.id
+        if id.group != context.group:
+            raise DataError(f"sample {id} was given for group {context.group}; a rollout names its samples' group context.group")
+        if (which := (id.policy, id.trajectory, id.branch)) in seen:
+            raise DataError(f"two samples are called {id}; give each trajectory of a group, and each branch of a trajectory, its number")
+        seen.add(which)

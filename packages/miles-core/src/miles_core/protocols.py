@@ -287,6 +287,7 @@ class RolloutContext:
         policies: Names of the policies that play; the first is the main one.
         engines, tokenizers: By policy.
         evaluating: Whether the samples are for an evaluator, not for training.
+        attempt: How often the group had been issued before (after infrastructure failures); for the samples' ids and keys.
     """
 
     run: str
@@ -297,6 +298,7 @@ class RolloutContext:
     engines: Mapping[str, RolloutEngine]
     tokenizers: Mapping[str, Tokenizer]
     evaluating: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True)

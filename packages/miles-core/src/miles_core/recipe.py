@@ -5,6 +5,7 @@ Every key remembers the file and line it came from, so that an error can say whe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,25 +20,34 @@ KeyPath = tuple[str, ...]
 Mapping = dict[str, Any]
 
 
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as people mean it; YAML 1.1 reads text unless there is a dot and a sign."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 @dataclass
 class Recipe:
     """A merged recipe before validation.
 
     Attributes:
         data: The mapping.
-        origins: Where each key was last set: ``file:line`` or ``override key=value``.
-        directory: Where the recipe file lies (plug-ins beside it can be imported).
+        origins: Where each key was last set: ``file:line`` or ``override key=value``; the file itself for ().
+        directories: Where the recipe file and those it extends lie (plug-ins beside them can be imported).
     """
 
     data: Mapping
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    directory: Path = field(default_factory=Path)
+    origins: dict[KeyPath, str]
+    directories: list[Path] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> str:
         """Where a key, or the nearest mapping around it, was set."""
-        while path and path not in self.origins:
-            path = path[:-1]
-        return self.origins.get(path, "the recipe")
+        return self.origins[path[: self.known_depth(path)]]
+
+    def known_depth(self, path: KeyPath) -> int:
+        """How many of a path's parts were set somewhere."""
+        return next((n for n in range(len(path), 0, -1) if path[:n] in self.origins), 0)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -74,16 +84,25 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     path = find_recipe(name)
     recipe = _read(path, seen=())
     recipe.data.setdefault("name", path.stem if path.stem != "tiny" else f"{path.parent.name}-tiny")
-    for override in overrides or []:
+    _check_stages(recipe)
+    # Plug-ins are chosen first: an option given before them is an option of theirs.
+    for override in sorted(overrides or [], key=lambda o: not o.partition("=")[0].endswith(".use")):
         _override(recipe, override)
     return recipe
 
 
 def merge(base: Any, overlay: Any) -> Any:
-    """Overlay onto base, mapping by mapping. A mapping that names another plug-in (``use``) replaces the old one whole."""
+    """Overlay onto base, mapping by mapping. A mapping that names another plug-in (``use``) replaces the old one whole.
+
+    Beside a mapping, a text is short for a plug-in without options: ``torch`` for ``{use: torch}``.
+    """
+    if isinstance(base, str) and isinstance(overlay, dict):
+        base = {"use": base}
+    if isinstance(base, dict) and isinstance(overlay, str):
+        overlay = {"use": overlay}
     if not (isinstance(base, dict) and isinstance(overlay, dict)):
         return overlay
-    if "use" in overlay and overlay["use"] != base.get("use"):
+    if "use" in base and "use" in overlay and overlay["use"] != base["use"]:
         return dict(overlay)
     return base | {k: merge(base[k], v) if k in base else v for k, v in overlay.items()}
 
@@ -92,29 +111,51 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     if path in seen:
         raise ConfigError(f"recipes extend each other in a circle: {' → '.join(map(str, (*seen, path)))}")
     try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        data = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=Loader)
+        data = yaml.load(text, Loader=Loader)  # a SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of keys")
-    recipe = Recipe(data, {}, path.parent)
+    recipe = Recipe(data, {(): str(path)}, [path.parent])
     _note_lines(node, (), path, recipe.origins)
     parent = data.pop("extends", None)
     if parent is None:
         return recipe
-    beside = path.parent / parent
-    below = _read(beside.resolve() if beside.is_file() else find_recipe(parent), (*seen, path))
-    return Recipe(merge(below.data, data), below.origins | recipe.origins, path.parent)
+    below = _read(_find_parent(parent, path, recipe.origin(("extends",))), (*seen, path))
+    return Recipe(merge(below.data, data), below.origins | recipe.origins, recipe.directories + below.directories)
+
+
+def _find_parent(parent: Any, path: Path, where: str) -> Path:
+    """The recipe that ``extends`` names: a file, seen from the recipe that says so, or a bundled one."""
+    if not isinstance(parent, str):
+        raise ConfigError(f"{where}: extends is a {type(parent).__name__}; it names one recipe")
+    try:
+        return find_recipe(str(path.parent / Path(parent).expanduser()) if parent.endswith((".yaml", ".yml")) else parent)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: extends {parent!r}: {error}") from None
+
+
+def _check_stages(recipe: Recipe) -> None:
+    stages = recipe.data.get("stages") or {}
+    if not isinstance(stages, dict):
+        where = recipe.origin(("stages",))
+        raise ConfigError(f"{where}: stages is a {type(stages).__name__}; it maps a stage's name to what differs there")
+    for name, stage in stages.items():
+        if not isinstance(stage, dict | None):
+            where = recipe.origin(("stages", str(name)))
+            raise ConfigError(f"{where}: stage {name} is a {type(stage).__name__}; it is a mapping of what differs there")
 
 
 def _note_lines(node: yaml.Node | None, path: KeyPath, file: Path, origins: dict[KeyPath, str]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
-            if here in origins and origins[here].startswith(f"{file}:"):
+            if here in origins:
                 raise ConfigError(f"{file}:{key.start_mark.line + 1}: key {'.'.join(here)!r} stands twice")
             origins[here] = f"{file}:{key.start_mark.line + 1}"
             _note_lines(value, here, file, origins)
@@ -129,7 +170,7 @@ def _override(recipe: Recipe, text: str) -> None:
         path = ("models", "policy", *path[1:])
     stages = recipe.data.get("stages") or {}
     if path[0] != "stages":
-        owners = [name for name, stage in stages.items() if _sets(stage, path)]
+        owners = [name for name, stage in stages.items() if _sets(stage or {}, path)]
         if owners:
             stages_say = f"{'stage' if len(owners) == 1 else 'stages'} {', '.join(owners)}"
             choices = " or ".join(f"stages.{o}.{'.'.join(path)}={raw}" for o in owners)
@@ -137,26 +178,19 @@ def _override(recipe: Recipe, text: str) -> None:
     elif len(path) < 3 or path[1] not in stages:
         raise ConfigError(f"override {text!r}: expected stages.NAME.key, the recipe's stages are {', '.join(stages) or 'none'}")
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.load(raw, Loader=Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {raw!r} is not a YAML value: {error}") from error
-    if isinstance(value, str):
-        value = _number(value)
     recipe.data = merge(recipe.data, _nest(path, value))
     recipe.origins[path] = f"override {text}"
 
 
-def _number(text: str) -> str | float:
-    """YAML reads 1e-4 (without a dot) as text; people mean a number."""
-    try:
-        return float(text) if any(c.isdigit() for c in text) else text
-    except ValueError:
-        return text
-
-
 def _sets(mapping: Any, path: KeyPath) -> bool:
+    """Whether a stage sets the key, or gives a whole value in which it would lie."""
     for key in path:
-        if not isinstance(mapping, dict) or key not in mapping:
+        if not isinstance(mapping, dict):
+            return True
+        if key not in mapping:
             return False
         mapping = mapping[key]
     return True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from .errors import RunError
 from .hooks import Hooks
 from .loop import Loop
 from .observer import Observer
-from .protocols import BuildContext, Tracker
+from .protocols import BuildContext, Tracker, Trainer
 from .run_dir import RunDir
 from .trackers import JsonlTracker
 
@@ -64,11 +67,11 @@ class Run:
 
     async def resume(self, run_dir: RunDir) -> Outcome:
         """Go on from the newest complete cut. Raises CheckpointError when there is none or nothing is left to do."""
-        directory, state, damaged = cut.newest(run_dir.checkpoints, cut.config_hash(self.config.to_yaml()))
+        directory, state, damaged = cut.newest(run_dir.checkpoints, self.config.fingerprint())
         for sentence in damaged:
             self.observer.note(sentence)
         names = list(self.config.stages)
-        if state.stage == names[-1] and state.step >= self.config.stages[state.stage].steps:
+        if state.stage == names[-1] and state.step >= self.config.stages[state.stage].steps and (run_dir.models / "final").is_dir():
             raise RunError(f"{run_dir.path} is finished ({state.global_step} steps); there is nothing left to resume")
         void = run_dir.void_rows_after(state.global_step)
         self.observer.note(f"Going on after step {state.global_step}" + (f"; {void} later metric rows are void" if void else "") + ".")
@@ -105,11 +108,21 @@ class Run:
         try:
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
-                for name, trainer in self._loop.learning().items():
-                    await trainer.export(run_dir.models / following / name)
+                await export(self._loop.learning(), run_dir.models / following)
             return self._loop.step
         finally:
             await close(self._loop)
+
+
+async def export(trainers: Mapping[str, Trainer], directory: Path) -> None:
+    """Every model's weights as ``directory/NAME``, all of them or none."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, trainer in trainers.items():
+        await trainer.export(partial / name)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
 
 
 def with_notes(error: Exception, source: BaseException) -> Exception:

@@ -39,6 +39,8 @@ class RunDir:
             except FileExistsError:
                 number += 1
                 continue
+            except OSError as error:
+                raise ConfigError(f"the run's directory {path} cannot be made: {error.strerror}. Set runs_dir to another place.") from error
             run = RunDir(path)
             for directory in (run.trajectories, run.checkpoints, run.models, run.logs):
                 directory.mkdir()
@@ -68,6 +70,7 @@ class RunDir:
         if void:
             with (self.path / "metrics.void.jsonl").open("a") as file:
                 file.writelines(line + "\n" for line in void)
+        if self.metrics.is_file():  # written anew in any case: the next row must not go on with an unfinished line
             partial = self.metrics.with_suffix(".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             os.replace(partial, self.metrics)

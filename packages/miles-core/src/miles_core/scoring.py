@@ -21,14 +21,20 @@ class Scorer:
         self.rewards: dict[str, tuple[RewardConfig, Reward]] = {n: (c, c.build(context)) for n, c in configs.items()}
 
     async def score_group(self, samples: Sequence[Sample]) -> None:
-        """Rewards of one sample and of a group, as soon as a group is complete; then the sum (see ``total``)."""
+        """Rewards of one sample and of a group, as soon as a group is complete; then the sum.
+
+        What a rollout set as ``reward`` itself counts as the environment's part.
+        """
+        for sample in samples:
+            if sample.reward is not None:
+                sample.rewards.setdefault("environment", sample.reward)
         heads = _heads(samples)
         for name, (config, reward) in self.rewards.items():
             if config.unit == "sample":
                 values = await gather(self._call(name, config, reward, head, [head]) for head in heads)
                 _set_parts(name, samples, heads, [v for [v] in values])
             elif config.unit == "group":
-                _set_parts(name, samples, heads, await self._call(name, config, reward, heads, heads))
+                _set_parts(name, samples, heads, await self._call(name, config, reward, list(heads), heads))
         self._total(samples)
 
     async def score_batch(self, samples: Sequence[Sample]) -> None:
@@ -36,7 +42,7 @@ class Scorer:
         heads = _heads(samples)
         for name, (config, reward) in self.rewards.items():
             if config.unit == "batch":
-                _set_parts(name, samples, heads, await self._call(name, config, reward, heads, heads))
+                _set_parts(name, samples, heads, await self._call(name, config, reward, list(heads), heads))
         self._total(samples)
 
     @property
@@ -54,35 +60,67 @@ class Scorer:
             raise
         except Exception as error:
             raise RunError(f"{subject} failed: {type(error).__name__}: {error}") from error
+        given = _plain(given)
         if config.unit == "sample":
             given = [given]
-        elif not isinstance(given, Sequence) or len(given) != len(scored):
-            found = len(given) if isinstance(given, Sequence) else type(given).__name__
+        elif not isinstance(given, list | tuple) or len(given) != len(scored):
+            found = len(given) if isinstance(given, list | tuple) else repr(given)
             raise DataError(f"{subject}: a {config.unit} reward gives one number for each of {len(scored)} samples; found {found}")
-        for value, sample in zip(given, scored, strict=True):
-            scalar = isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0
-            if not scalar or not math.isfinite(value):
-                raise DataError(f"reward {name!r} of sample {sample.id} is {value!r}; a reward is one finite number")
-        return [float(v) for v in given]
+        return [_finite(name, value, sample) for value, sample in zip(given, scored, strict=True)]
 
     def _total(self, samples: Sequence[Sample]) -> None:
-        """``reward`` = the environment's part + Σ weight · part; samples without any part keep None."""
+        """``reward`` = the environment's part + Σ weight · part; without any part it stays None.
+
+        A trajectory has one reward: a part that only some of its samples have counts for all of them.
+        """
+        weights = {"environment": 1.0} | {n: c.weight for n, (c, _) in self.rewards.items()}
+        parts: dict[Trajectory, dict[str, float]] = {}
         for sample in samples:
-            weights = {"environment": 1.0} | {n: c.weight for n, (c, _) in self.rewards.items()}
-            parts = [weights.get(n, 0.0) * v for n, v in sample.rewards.items()]
-            if parts:
-                sample.reward = sum(parts)
+            found = parts.setdefault(_trajectory(sample), {})
+            for name, value in sample.rewards.items():
+                if found.setdefault(name, _finite(name, value, sample)) != value:
+                    raise DataError(
+                        f"reward {name!r} of sample {sample.id} is {value}, but {found[name]} of its trajectory's other samples"
+                    )
+        for sample in samples:
+            sample.rewards = dict(parts[_trajectory(sample)])
+            if counted := [weights[n] * v for n, v in sample.rewards.items() if n in weights]:
+                sample.reward = sum(counted)
+            elif sample.rewards:
+                raise DataError(
+                    f"sample {sample.id} has the reward parts {', '.join(sample.rewards)}, and none of them counts; "
+                    "a rollout sets rewards['environment'] or reward"
+                )
+
+
+Trajectory = tuple[str, str, int]
+
+
+def _trajectory(sample: Sample) -> Trajectory:
+    return sample.id.policy, sample.id.group, sample.id.trajectory
 
 
 def _heads(samples: Sequence[Sample]) -> list[Sample]:
     """The last sample of each trajectory and policy: the one that a reward looks at."""
-    return list({(s.id.policy, s.id.group, s.id.trajectory): s for s in samples}.values())
+    return list({_trajectory(s): s for s in samples}.values())
 
 
 def _set_parts(name: str, samples: Sequence[Sample], heads: Sequence[Sample], values: Sequence[float]) -> None:
-    by_trajectory = {(h.id.policy, h.id.group, h.id.trajectory): v for h, v in zip(heads, values, strict=True)}
+    by_trajectory = {_trajectory(h): v for h, v in zip(heads, values, strict=True)}
     for sample in samples:
-        sample.rewards[name] = by_trajectory[sample.id.policy, sample.id.group, sample.id.trajectory]
+        sample.rewards[name] = by_trajectory[_trajectory(sample)]
+
+
+def _plain(value: Any) -> Any:
+    """What NumPy or torch gave, as Python's own numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _finite(name: str, value: Any, sample: Sample) -> float:
+    number = _plain(value)
+    if not isinstance(number, bool | int | float) or not math.isfinite(number):
+        raise DataError(f"reward {name!r} of sample {sample.id} is {value!r}; a reward is one finite number")
+    return float(number)
 
 
 def _is_async(function: Any) -> bool:

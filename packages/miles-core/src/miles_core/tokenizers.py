@@ -7,6 +7,7 @@ Environments rely on that for what they inject.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -47,7 +48,7 @@ class TokenizerConfig(BaseModel):
     def _kind_has_what_it_needs(self) -> Self:
         listed = self.words if self.kind == "words" else self.special_tokens
         unused = {"vocab_size", "special_tokens"} if self.kind == "words" else {"words"}
-        if set_in_vain := sorted(unused & self.model_fields_set):
+        if set_in_vain := sorted(n for n in unused if getattr(self, n) != type(self).model_fields[n].default):
             raise ValueError(f"a tokenizer of kind {self.kind!r} has no {' and no '.join(set_in_vain)}; leave that out")
         if self.kind == "words" and not self.words:
             raise ValueError("a tokenizer of kind 'words' needs its list of words")
@@ -77,8 +78,14 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a Hugging Face directory. Raises ConfigError when there is none."""
-    if not (path / "tokenizer_config.json").is_file():
-        raise ConfigError(f"{path} holds no tokenizer (no tokenizer_config.json); give the directory of a model with its tokenizer files")
+    described = path / "tokenizer_config.json"
+    if not described.is_file():
+        raise ConfigError(f"{path} holds no tokenizer (no {described.name}); give the directory of a model with its tokenizer files")
+    from transformers import PreTrainedTokenizerFast
+
+    if json.loads(described.read_text()).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
+        # tokenizer.json is all of it. AutoTokenizer would add tokens of its own for some model types (qwen2, transformers 5.19).
+        return PreTrainedTokenizerFast.from_pretrained(path)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)  # ty: ignore[invalid-explicit-return]
@@ -89,7 +96,7 @@ def _words(config: TokenizerConfig, texts: Iterable[str]):
 
     longest_first = "|".join(re.escape(w) for w in sorted((*config.words, EOS, PAD), key=len, reverse=True))
     for text in islice(texts, SAMPLE):
-        if rest := re.sub(longest_first, "", text):
+        if rest := [between for between in re.split(longest_first, text) if between]:
             raise DataError(f"no word of the tokenizer writes {rest[0]!r} in {text!r}; add it to the tokenizer's words")
     vocabulary = {word: i for i, word in enumerate((PAD, EOS, *config.words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=""))  # no word for the unknown: encoding it is an error

@@ -11,18 +11,25 @@ from .errors import RunError
 
 T = TypeVar("T")
 
+GRACE = 1.0
+"""Seconds for what was cancelled to give up what it holds; what takes longer is left behind."""
 
-async def deadline(awaitable: Awaitable[T], seconds: float, who: str, what: str, advice: str = "") -> T:
-    """Await with a time limit.
+
+async def deadline(awaitable: Awaitable[T], seconds: float, who: str, what: str | Callable[[], str], advice: str = "") -> T:
+    """Await with a time limit. What is waited for is cancelled at the limit, or when the waiting itself is cancelled.
 
     Raises:
-        RunError: "<who> waited <seconds> s for <what>." and the advice.
+        RunError: "<who> waited <seconds> s for <what>." and the advice. ``what`` may be a function: what is so at the limit.
     """
     task = asyncio.ensure_future(awaitable)
-    done, _ = await asyncio.wait({task}, timeout=seconds)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=GRACE)
     if not done:
-        task.cancel()
-        raise RunError(f"{who} waited {seconds:g} s for {what}. {advice}".rstrip())
+        raise RunError(f"{who} waited {seconds:g} s for {what if isinstance(what, str) else what()}. {advice}".rstrip())
     return task.result()
 
 
@@ -53,6 +60,8 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
     def work() -> None:
         try:
             outcome = function(*arguments), None
+        except StopIteration as error:  # a future cannot hold one
+            outcome = None, RuntimeError(f"StopIteration: {error}")
         except BaseException as error:
             outcome = None, error
         if not loop.is_closed():

@@ -17,12 +17,13 @@ def ppo_clip(
     ``ρ = exp(logp − logp_old)``, ``loss = −min(ρ·A, clip(ρ, 1 − clip_low, 1 + clip_high)·A)``. Rows: [N].
 
     Metrics: ``clip_fraction`` (the clipped branch is the smaller one), ``kl`` (k3 of old against new, never negative).
+    Rows outside the mask may hold NaN: none of it comes back with the gradient.
     """
     columns = inputs.columns
     previous = {"recompute": "old_logprobs", "rollout": "logprobs"}
     old_logprobs = inputs.logprobs.detach() if old == "current" else columns[previous[old]]
     advantages = columns["advantages"].to(inputs.logprobs.dtype)
-    log_ratio = inputs.logprobs - old_logprobs
+    log_ratio = torch.where(inputs.ops.mask, inputs.logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     with torch.no_grad():

@@ -54,8 +54,8 @@ class Trajectories(PluginConfig):
     """How often a trajectory is issued when infrastructure fails."""
 
     def provided(self) -> frozenset[str]:
-        """An environment gives rewards."""
-        return frozenset({"logprobs"} | ({"rewards"} if self.environment else set()))
+        """An environment gives rewards; a generate function of one's own may."""
+        return frozenset({"logprobs"} | ({"rewards"} if self.environment else set())) | self.generate.provided()
 
     def problems(self, stage: Any) -> list[str]:
         """Trained tokens need a distribution that the trainer can rebuild (DESIGN §2)."""

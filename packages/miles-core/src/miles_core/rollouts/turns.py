@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from ..builder import SampleBuilder
-from ..errors import InfrastructureFailure
+from ..errors import DataError, InfrastructureFailure
 from ..protocols import GenerateRequest, Observation, SamplingParams, Trajectory
 from ..sample import Sample, Status
 
@@ -18,7 +18,11 @@ async def turns(trajectory: Trajectory, *, max_turns: int = 16) -> list[Sample]:
     ``sampling.max_tokens`` sampled tokens or at ``max_length`` tokens in all.
 
     Returns:
-        One sample, with the environment's reward (if it gave any) as ``rewards["environment"]``.
+        One sample; ``rewards["environment"]`` is the sum of what an environment gave, 0 if it gave nothing.
+
+    Raises:
+        DataError: The prompt alone is as long as ``max_length``.
+        InfrastructureFailure: The engine gave up.
     """
     policy = trajectory.id.policy
     engine, tokenizer = trajectory.engines[policy], trajectory.tokenizers[policy]
@@ -26,6 +30,11 @@ async def turns(trajectory: Trajectory, *, max_turns: int = 16) -> list[Sample]:
     environment = trajectory.environment() if trajectory.environment else None
     observation = await environment.reset(trajectory.prompt) if environment else Observation(trajectory.prompt.text)
     builder.inject(observation.text, role="user")
+    limit = trajectory.max_length
+    if limit is not None and len(builder.tokens) >= limit:
+        raise DataError(
+            f"prompt {trajectory.prompt.id} has {len(builder.tokens)} tokens, max_length is {limit}; raise it or take the prompt out"
+        )
     seen = [observation]
     status, seconds = Status.TRUNCATED, {"generate": 0.0, "environment": 0.0}
     try:
@@ -53,7 +62,10 @@ async def turns(trajectory: Trajectory, *, max_turns: int = 16) -> list[Sample]:
                 break
             if environment is None or generation.finish == "length":
                 break
-            builder.inject(observation.text, role="environment")
+            answer = tokenizer.encode(observation.text, add_special_tokens=False)
+            if limit is not None and len(builder.tokens) + len(answer) >= limit:
+                break
+            builder.inject_ids(answer, role="environment")
     finally:
         await engine.release(str(trajectory.id))
     return [builder.finish(status, **_facts(trajectory, seen), timings=seconds)]
@@ -69,8 +81,7 @@ def _remaining(trajectory: Trajectory, builder: SampleBuilder, observation: Obse
 
 
 def _facts(trajectory: Trajectory, seen: list[Observation]) -> dict:
-    given = [o.reward for o in seen if o.reward is not None]
     metadata = {k: v for o in seen for k, v in o.metadata.items()}
-    rewards = {"environment": float(sum(given))} if given else {}
+    rewards = {"environment": float(sum(o.reward for o in seen if o.reward is not None))} if trajectory.environment else {}
     prompt = trajectory.prompt
     return {"prompt": prompt.text, "label": prompt.label, "rewards": rewards, "metadata": dict(prompt.metadata) | metadata}

@@ -29,6 +29,9 @@ class Aim:
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, each [slots, heads_kv, positions, head_dim]; allocated when their shape is first seen."""
 
+    keys: Tensor  # ty: ignore[incompatible-mutable-override]
+    values: Tensor  # ty: ignore[incompatible-mutable-override]
+
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
         self._cache = cache
@@ -73,32 +76,36 @@ class SlotCache(Cache):
     """A cache whose rows are at different positions; set ``aim`` before each forward pass."""
 
     def __init__(self, n_layers: int, device: torch.device) -> None:
-        super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
+        self._slot_layers = [SlotLayer(self) for _ in range(n_layers)]
+        super().__init__(layers=[*self._slot_layers])
         self.device = device
         self.n_slots = 0
         self.length = 0
         self.aim: Aim
 
-    def _tensors(self) -> list[Tensor]:
-        return [held for layer in self.layers if layer.is_initialized for held in (layer.keys, layer.values)]
-
     def grow(self, n_slots: int, length: int) -> None:
         """Make room for more slots and positions."""
         self.n_slots, self.length = n_slots, length
-        for layer in self.layers:
-            for name in ("keys", "values") if layer.is_initialized else ():
-                old = getattr(layer, name)
-                new = old.new_zeros(n_slots, old.shape[1], length, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                setattr(layer, name, new)
+        for layer in self._slot_layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (_enlarged(held, n_slots, length) for held in (layer.keys, layer.values))
 
     def swap(self, a: Tensor, b: Tensor, length: int) -> None:
         """Exchange the first ``length`` positions of slots ``a[i]`` and ``b[i]``; no slot is named twice."""
         here, there = torch.cat([a, b]), torch.cat([b, a])
-        for held in self._tensors():
+        for held in self._held():
             held[here, :, :length] = held[there, :, :length]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first ``length`` positions of slots ``source[i]`` to slots ``target[i]``."""
-        for held in self._tensors():
+        for held in self._held():
             held[target, :, :length] = held[source, :, :length]
+
+    def _held(self) -> list[Tensor]:
+        return [held for layer in self._slot_layers if layer.is_initialized for held in (layer.keys, layer.values)]
+
+
+def _enlarged(held: Tensor, n_slots: int, length: int) -> Tensor:
+    new = held.new_zeros(n_slots, held.shape[1], length, held.shape[3])
+    new[: held.shape[0], :, : held.shape[2]] = held
+    return new

@@ -29,7 +29,9 @@ def find_routers(model: PreTrainedModel) -> list[nn.Module]:
     )
     routers = [module for module in model.modules() if isinstance(module, classes)]
     if not routers and experts(model) > 1:
-        raise ConfigError(f"{type(model).__name__} has experts, but does not say which modules route; the local engine cannot record its routing")
+        raise ConfigError(
+            f"{type(model).__name__} has experts, but does not say which modules route; the local engine cannot record its routing"
+        )
     return routers
 
 
@@ -67,7 +69,9 @@ class RoutingRecorder:
         if not self._routers:
             return None
         if len(self._chosen) != len(self._routers):
-            raise ConfigError(f"{len(self._routers)} routers ran {len(self._chosen)} times in one forward pass; this model is not supported")
+            raise ConfigError(
+                f"{len(self._routers)} routers ran {len(self._chosen)} times in one forward pass; this model is not supported"
+            )
         stacked = torch.stack(self._chosen, dim=1).reshape(rows, columns, len(self._chosen), -1).cpu().numpy()
         return stacked.astype(np.uint8 if self._n_experts <= 255 else np.uint16)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from miles_core.protocols import GenerateRequest, Generation
 from miles_core.randomness import uniform
@@ -88,6 +89,7 @@ class Scheduler:
         """After a change of weights: what is cached was computed by other ones."""
         self._slots.drop_caches()
 
+    @torch.inference_mode()
     def step(self, arrivals: list[Call | Release]) -> list[tuple[Call, Generation]]:
         """Take what has arrived, in order, run one decoding step, and return the calls that it finished."""
         began = time.perf_counter()
@@ -147,38 +149,39 @@ class Scheduler:
 
     def _prefill(self, n: int) -> None:
         """Run all but the last token of sequences that have many to run; the same tokens in several slots only once."""
-        rows, tokens = self._slots.rows[:n], self._slots.tokens
-        pending = rows["length"] - 1 - rows["cached"]
+        pending, rows = self._pending(np.arange(n)), self._slots.rows[:n]
         alike: dict[tuple[int, bytes], list[int]] = {}
         for slot in np.flatnonzero((pending > RIDING) | ((pending > 0) & (rows["cached"] == 0))).tolist():
-            context = tokens[slot, : rows["length"][slot] - 1].tobytes()
+            context = self._slots.tokens[slot, : rows["length"][slot] - 1].tobytes()
             alike.setdefault((int(rows["recorded"][slot]), context), []).append(slot)
         leaders = np.array([slots[0] for slots in alike.values()], np.int64)
-        while len(leaders):
-            pending = rows["length"][leaders] - 1 - rows["cached"][leaders]
-            leaders = leaders[np.argsort(-pending, kind="stable")][: int((pending > 0).sum())]
-            if len(leaders):
-                self._prefill_pass(leaders)
+        while (pending := self._pending(leaders)).any():
+            longest_first = leaders[np.argsort(-pending, kind="stable")]
+            self._prefill_pass(longest_first[: np.count_nonzero(pending)])
         for first, *others in alike.values():
             if others:
-                self._slots.share(first, others, int(rows["length"][first]) - 1)
+                self._slots.share(first, others, int(self._slots.rows["length"][first]) - 1)
+
+    def _pending(self, slots: np.ndarray) -> np.ndarray:
+        """int64 [n]: tokens that are to be run before the last."""
+        rows = self._slots.rows
+        return rows["length"][slots] - 1 - rows["cached"][slots]
 
     def _prefill_pass(self, slots: np.ndarray) -> None:
         """Run the next tokens of as many of the slots as fit; they come in falling order of what they have to run."""
-        rows = self._slots.rows
-        pending = rows["length"][slots] - 1 - rows["cached"][slots]
+        pending = self._pending(slots)
         columns = min(int(pending[0]), PREFILL_TOKENS)
         slots = slots[: PREFILL_TOKENS // columns]
         counts = np.minimum(pending[: len(slots)], columns)
-        start = rows["cached"][slots]
+        start = self._slots.rows["cached"][slots]
         self._slots.reserve(min(int(start.max()) + columns, self._max_length))
-        # Shorter rows run on past their end; a last position too many is written twice, and again when its token is run.
+        # Shorter rows run on past their end, at most up to the last position; what they write is overwritten before it is seen.
         positions = np.minimum(start[:, None] + np.arange(columns), self._slots.tokens.shape[1] - 1)
         inputs = self._slots.tokens[slots[:, None], positions].astype(np.int64)
         _, routing = self._model.forward(slots, inputs, positions, wanted=slots[:0])
         if routing is not None:
             self._slots.record(slots, positions, counts, routing)
-        rows["cached"][slots] += counts
+        self._slots.rows["cached"][slots] += counts
         self.stats.prefill_tokens += int(counts.sum())
 
     def _decode(self, n: int) -> list[tuple[Call, Generation]]:
@@ -187,7 +190,9 @@ class Scheduler:
         rows = held.rows[:n]
         positions = rows["cached"].copy()
         last = np.flatnonzero(positions + 1 == rows["length"])
-        logits, routing = self._model.forward(slots, held.tokens[slots, positions].astype(np.int64)[:, None], positions[:, None], wanted=last)
+        logits, routing = self._model.forward(
+            slots, held.tokens[slots, positions].astype(np.int64)[:, None], positions[:, None], wanted=last
+        )
         if routing is not None:
             held.record(slots, positions[:, None], np.ones(n, np.int64), routing)
         rows["cached"] += 1

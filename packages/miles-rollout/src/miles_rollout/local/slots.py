@@ -44,7 +44,7 @@ class Slots:
     def __init__(self, cache: SlotCache, max_slots: int, max_length: int) -> None:
         self._cache = cache
         self._max_slots, self._max_length = max_slots, max_length
-        self.rows = np.zeros(0, ROW)
+        self.rows: np.ndarray = np.zeros(0, ROW)
         self.tokens = np.zeros((0, 0), np.int32)
         self.logprobs = np.zeros((0, 0), np.float32)
         self.versions = np.zeros((0, 0), np.int32)

@@ -33,7 +33,9 @@ class Weights:
             found |= _parts(model, name, tensor)
         for name, shape in shapes.items():
             if name not in found or found[name].shape != shape:
-                raise ConfigError(f"weight {name!r} of {type(model).__name__} is put together from several; the local engine cannot replace it")
+                raise ConfigError(
+                    f"weight {name!r} of {type(model).__name__} is put together from several; the local engine cannot replace it"
+                )
         self.views = {name: found[name] for name in shapes}
 
     def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -47,7 +49,9 @@ class Weights:
             own_name = self._aliases.get(name, name)
             view = self.views.get(own_name)
             if view is None:
-                raise DataError(f"weight {name!r} is unknown to the engine's model; it has {len(self.views)}, such as {next(iter(self.views))!r}")
+                raise DataError(
+                    f"weight {name!r} is unknown to the engine's model; it has {len(self.views)}, such as {next(iter(self.views))!r}"
+                )
             if own_name in given:
                 raise DataError(f"weight {name!r} comes twice (tied weights are one)")
             if tensor.shape != view.shape or tensor.dtype != view.dtype:

@@ -1,0 +1,208 @@
+"""``rollout_engine: local``: concurrent requests, one serving task, one thread that runs the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from miles_core.errors import ConfigError, DataError, InfrastructureFailure, MilesError, RunError
+from miles_core.protocols import BuildContext, GenerateRequest, Generation, Tokenizer
+
+from ..plugins import LocalEngineConfig
+from .model import SlotModel, load_model
+from .scheduler import Call, Release, Scheduler
+from .stops import StopTexts
+from .weights import Weights
+
+T = TypeVar("T")
+
+
+class LocalEngine:
+    """A RolloutEngine over a Hugging Face model in this process.
+
+    Everything that touches the model runs in one thread, one thing at a time: the event loop stays alive, and an update of the
+    weights happens between two steps. Sequences that were running go on under the new weights from the next token on, with their
+    context run again; tokens already sampled keep logprob and version.
+
+    A failure in a step is raised in every call that waits; the engine forgets all sessions and can be used again.
+    """
+
+    def __init__(self, config: LocalEngineConfig, context: BuildContext) -> None:
+        """Load the model.
+
+        Raises:
+            ConfigError: There is no model, its kind is not supported, or ``max_length`` is more than it has positions.
+        """
+        if context.model_path is None:
+            raise ConfigError("the local engine samples from a model, and its context names none (model_path)")
+        dtype = config.dtype or ("float32" if context.device == "cpu" else "bfloat16")
+        model = load_model(context.model_path, getattr(torch, dtype), torch.device(context.device))
+        self.max_length = _max_length(config.max_length, model)
+        self._model = SlotModel(model)
+        self._weights = Weights(model)
+        self._stops = StopTexts(context.tokenizer)
+        ends = end_of_text(model, context.tokenizer)
+        self._scheduler = Scheduler(self._model, self._stops, ends, config.max_batch, self.max_length)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="miles-local-engine")
+        self._inbox: list[Call | Release] = []
+        self._calls: dict[str, Call] = {}
+        self._wake = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def version(self) -> int:
+        """Version of the weights it samples with."""
+        return self._scheduler.version
+
+    def stats(self) -> dict[str, float]:
+        """Since the start: ``generated_tokens``, ``prefill_tokens``, ``decode_steps``, ``seconds_busy``."""
+        return {name: float(value) for name, value in asdict(self._scheduler.stats).items()}
+
+    # ---- generation ---------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample a continuation; see RolloutEngine.
+
+        Raises:
+            DataError: The request is malformed, names a token outside the vocabulary or fills the context already, or its session
+                has another call running.
+            InfrastructureFailure: A step failed, or the engine was closed meanwhile.
+        """
+        self._check(request)
+        completing = self._stops.completing(request.sampling.stop) if request.sampling.stop else None
+        call = Call(request, completing, asyncio.get_running_loop().create_future())
+        self._calls[request.session] = call
+        self._post(call)
+        try:
+            return await call.reply
+        except asyncio.CancelledError:
+            self._post(Release(request.session))
+            raise
+        finally:
+            if self._calls.get(request.session) is call:
+                del self._calls[request.session]
+
+    async def release(self, session: str) -> None:
+        """Forget a session's cache. Unknown sessions are fine."""
+        self._post(Release(session))
+
+    def _check(self, request: GenerateRequest) -> None:
+        who, tokens = f"session {request.session!r}", request.tokens
+        if self._closed:
+            raise RunError(f"{who} asks for a generation of an engine that is closed")
+        if request.session in self._calls:
+            raise DataError(f"{who} has a call running already; a session generates one continuation at a time")
+        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:
+            raise DataError(f"{who}: the context must be an int32 array [T]")
+        if len(tokens) == 0:
+            raise DataError(f"{who}: the context is empty; give at least one token to start from")
+        if len(tokens) >= self.max_length:
+            raise DataError(f"{who}: the context has {len(tokens)} tokens, which leaves no room: the engine takes {self.max_length} in all")
+        outside = np.flatnonzero((tokens < 0) | (tokens >= self._model.vocab_size))
+        if len(outside):
+            index = int(outside[0])
+            raise DataError(f"{who}: token {tokens[index]} at index {index} is outside the vocabulary of {self._model.vocab_size}")
+        if request.sampling.max_tokens < 1 or "" in request.sampling.stop:
+            raise DataError(f"{who}: max_tokens must be at least 1 and stop texts must not be empty; found {request.sampling}")
+
+    def _post(self, message: Call | Release) -> None:
+        """To the serving task, which takes messages in order."""
+        self._inbox.append(message)
+        self._wake.set()
+        if self._serving is None and isinstance(message, Call):
+            self._serving = asyncio.get_running_loop().create_task(self._serve(), name="miles-local-engine")
+
+    async def _serve(self) -> None:
+        """Run steps while there is something to do, and hand back what they finish."""
+        while True:
+            if not self._inbox and self._scheduler.idle:
+                self._wake.clear()
+                await self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+            try:
+                finished = await self._in_worker(self._scheduler.step, inbox)
+            except Exception as error:
+                await self._in_worker(self._scheduler.reset)
+                self._fail_all(error)
+                continue
+            for call, generation in finished:
+                if not call.reply.done():
+                    call.reply.set_result(generation)
+            await asyncio.sleep(0)  # callers whose next request is ready at once get into the next step
+
+    def _fail_all(self, error: Exception) -> None:
+        """Every caller that waits gets an error of its own."""
+        self._inbox.clear()
+        for call in self._calls.values():
+            if isinstance(error, MilesError):
+                failure: Exception = type(error)(*error.args)
+            else:
+                failure = InfrastructureFailure(f"the local engine failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            if not call.reply.done():
+                call.reply.set_exception(failure)
+
+    async def _in_worker(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    # ---- weights ------------------------------------------------------------------------------------------------------
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights between two steps; see WeightSink. Raises DataError; nothing was changed then."""
+        if self._closed:
+            raise RunError(f"version {version} of the weights came to an engine that is closed")
+        await self._in_worker(self._replace, weights, version)
+
+    def _replace(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._weights.replace(weights)
+        self._scheduler.version = version
+        self._scheduler.drop_caches()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, view of what the model holds) of every weight, tied weights once."""
+        yield from self._weights.views.items()
+
+    # ---- the end ------------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Stop: the step in progress ends, calls that still wait fail, the thread is gone afterwards. Twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        self._fail_all(InfrastructureFailure("the engine was closed"))
+        await self._in_worker(self._scheduler.reset)
+        self._worker.shutdown()
+
+
+def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's, and those of the model's generation config if the tokenizer's is among them.
+
+    Chat models name several there (end of turn, end of text). Where the tokenizer's is not one of them they are defaults that
+    have nothing to do with this vocabulary.
+    """
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    ids = frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    own = tokenizer.eos_token_id if tokenizer is not None else None
+    return ids if own is None or own in ids else frozenset([own])
+
+
+def _max_length(asked: int | None, model: PreTrainedModel) -> int:
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = asked or positions
+    if length is None:
+        raise ConfigError(f"{type(model).__name__} does not say how many positions it has; give the engine max_length")
+    if positions is not None and length > positions:
+        raise ConfigError(f"the engine's max_length is {length}, but the model has {positions} positions; lower it")
+    return length

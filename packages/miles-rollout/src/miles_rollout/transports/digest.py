@@ -1,0 +1,20 @@
+"""Digests of weights: how two ends know that they hold the same. Needs torch, no engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def digests(weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str]]:
+    """(name, blake2b over name, dtype, shape and bytes) of each weight, in the order given."""
+    return [(name, _digest(name, tensor)) for name, tensor in weights]
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    digest = hashlib.blake2b(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode(), digest_size=16)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
