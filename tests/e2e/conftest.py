@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,15 @@ class Said:
 def miles(monkeypatch, tmp_path, capsys):
     """``miles("run", "mini.yaml", "seed=1")`` in a directory of its own that holds ``mini.yaml``."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path.copy())  # what a test puts beside its recipe is not there for the next one
     monkeypatch.setenv("COLUMNS", "200")
     Path("mini.yaml").write_text(MINIATURE)
 
     def call(*arguments: str) -> Said:
         from miles_core.cli import main
+
+        for name in [n for n, m in sys.modules.items() if getattr(m, "__file__", None) and str(tmp_path.parent) in str(m.__file__)]:
+            del sys.modules[name]
 
         monkeypatch.setattr("sys.argv", ["miles", *arguments])
         capsys.readouterr()
@@ -53,7 +58,7 @@ def miles(monkeypatch, tmp_path, capsys):
         try:
             main()
         except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
+            code = 0 if exit_.code is None else exit_.code if isinstance(exit_.code, int) else 1
         out, err = capsys.readouterr()
         return Said(code, out, err)
 

@@ -14,8 +14,8 @@ import pytest
     [
         (["stages.rl.stepz=3"], ["stepz", "Did you mean 'steps'", "override stages.rl.stepz=3"]),
         (["model.trainer.lrr=1"], ["lrr", "Did you mean 'lr'"]),
-        (["model.trainer.lr=fast"], ["trainer.lr", "'fast'", "valid number"]),
-        (["model.trainer.lr=-1"], ["trainer.lr", "greater than 0", "-1"]),
+        (["stages.rl.models.policy.trainer.lr=fast"], ["trainer.lr", "'fast'", "valid number"]),
+        (["stages.rl.models.policy.trainer.lr=-1"], ["trainer.lr", "greater than 0", "-1"]),
         (["stages.rl.steps=0"], ["stage rl", "steps is 0", "nothing would be trained"]),
         (["stages.sft.steps=0"], ["stage sft", "steps is 0"]),
         (["steps=5"], ["steps is set by stages sft, rl", "stages.rl.steps=5"]),
@@ -76,9 +76,6 @@ def test_malformed_data_names_file_and_line(miles, lines, expected):
 )
 def test_a_bad_reward_names_the_sample_and_keeps_what_was_learned(miles, body, expected):
     Path("my_rewards.py").write_text(f"CALLS = 0\ndef mine(sample):\n    global CALLS\n    CALLS += 1\n    if CALLS < 20: return 0.5\n    {body}\n")
-    import sys
-
-    sys.modules.pop("my_rewards", None)
     said = miles("run", "mini.yaml", "stages.rl.rewards.mine.use=my_rewards:mine", "stages.rl.rewards.mine.timeout_s=0.2")
     assert said.code == 1
     for piece in [*expected, "policy/e0-train", "miles resume runs/mini"]:
@@ -96,9 +93,6 @@ def test_a_bad_reward_names_the_sample_and_keeps_what_was_learned(miles, body, e
     ],
 )
 def test_a_bad_plugin_says_what_is_wrong_with_it(miles, source, expected):
-    import sys
-
-    sys.modules.pop("my_plugin", None)
     Path("my_plugin.py").write_text(source)
     said = miles("check", "mini.yaml", "--load", "stages.sft.rewards.mine.use=my_plugin:mine")
     assert said.code == 1
@@ -107,9 +101,6 @@ def test_a_bad_plugin_says_what_is_wrong_with_it(miles, source, expected):
 
 
 def test_a_token_outside_the_vocabulary_names_the_sample(miles):
-    import sys
-
-    sys.modules.pop("my_rollout", None)
     Path("my_rollout.py").write_text(
         "from miles_core import Sample, SampleId\n"
         "async def read(prompt, context):\n"

@@ -77,7 +77,6 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not(miles):
 
 
 def write_stopper() -> None:
-    sys.modules.pop("stopper", None)
     Path("stopper.py").write_text(
         "from pathlib import Path\n\nclass StopAtFour:\n    def after_publish(self, loop):\n"
         "        if loop.version == 4 and not Path('stopped').exists():\n            Path('stopped').touch()\n            loop.request_stop()\n"

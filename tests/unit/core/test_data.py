@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from fixtures.gsm8k import CONTEXT, gsm8k, gsm8k_directory
+from pydantic import ValidationError
+
 from miles_core.data.gsm8k import Gsm8k, Gsm8kSource, final_answer, passages
 from miles_core.data.jsonl import JsonlSource
 from miles_core.errors import ConfigError, DataError
 from miles_core.plugins import config_class
-from pydantic import ValidationError
 
 
 @pytest.fixture

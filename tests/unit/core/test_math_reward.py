@@ -6,10 +6,12 @@ import asyncio
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import psutil
 import pytest
 from fixtures.gsm8k import CONTEXT, gsm8k
+
 from miles_core.errors import DataError, RunError
 from miles_core.plugins import config_class
 from miles_core.sample import Sample, SampleId
@@ -139,6 +141,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exits", "is killed"])
 @pytest.mark.parametrize("response", ["#### 24", "#### 9!!!!!"], ids=["idle", "hangs"])
 def test_no_process_is_left(end: str, response: str) -> None:
@@ -169,6 +172,6 @@ async def test_every_real_solution_scores_one(reward) -> None:
 async def test_real_answers_of_other_rows_score_zero(reward) -> None:
     """The right answer of one problem is wrong for another whose answer differs."""
     prompts = list(gsm8k("test", subset={"size": 50}))
-    pairs = [(a, b) for a, b in zip(prompts, prompts[1:], strict=False) if float(a.label) != float(b.label)]
+    pairs = [(a, b) for a, b in pairwise(prompts) if float(a.label) != float(b.label)]
     scores = await asyncio.gather(*(reward(sample(f"#### {a.label}", b.label)) for a, b in pairs))
     assert len(pairs) > 40 and set(scores) == {0.0}

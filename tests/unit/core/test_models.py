@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from miles_core.errors import ConfigError, DataError
 from miles_core.models import materialize
 from miles_core.tokenizers import TokenizerConfig, load_tokenizer

@@ -11,9 +11,10 @@ import pytest
 from fixtures.gsm8k import gsm8k
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from miles_core.errors import ConfigError, DataError
 from miles_core.tokenizers import TokenizerConfig, build_tokenizer, load_tokenizer
-from pydantic import ValidationError
 
 WORDS = TokenizerConfig(kind="words", words=(*"0123456789", " + ", " +", " ?", " <call> ", "-"))
 MARKS = ("<<", ">>", "=", "####")

@@ -23,9 +23,9 @@ ANSWER = re.compile(r"\s*ans (-?\d{1,20})\s*(<[^<> ]+>)?\s*")  # the end-of-text
 
 
 class Calculator:
-    """Answers ``<call> 47 + 58 </call>`` with the result, or ``error``. Anything else ends the trajectory.
+    """Answers ``<call> 47 + 58 </call>`` with the result, or ``error``; done at ``ans`` and a number: 1.0 if it is the label, else 0.0.
 
-    The reward is 1.0 if the policy's last turn is ``ans`` and the label, else 0.0.
+    Anything else earns nothing; it ends where the policy ends its text or is cut.
     """
 
     stop = ("</call>",)
@@ -33,14 +33,14 @@ class Calculator:
     async def reset(self, prompt: Prompt) -> Observation:
         """The problem. Its label is the answer, a whole number."""
         self._answer = int(prompt.label)
-        return Observation(prompt.text, reward=0.0, stop=self.stop)
+        return Observation(prompt.text, stop=self.stop)
 
     async def step(self, action: str) -> Observation:
-        """The result of a call, or the end."""
+        """The result of a call, or the reward of an answer."""
         if "</call>" in action:
             return Observation(f" <res> {_result(action)} </res>", stop=self.stop)
         answer = ANSWER.fullmatch(action)
-        return Observation(done=True, reward=float(answer is not None and int(answer[1]) == self._answer))
+        return Observation(done=answer is not None, reward=float(answer is not None and int(answer[1]) == self._answer), stop=self.stop)
 
 
 def _result(action: str) -> str:

@@ -1,12 +1,15 @@
 """The buffer between rollout and training, and the one knob from sync to fully asynchronous: ``max_staleness``.
 
 Kept by admission: a group is started only while ``started − dropped < (version + max_staleness + 1) × groups``. With 0 that is
-exact alternation; with k, what is trained is at most k versions old. The same counts bound the work in flight.
+exact alternation. With k > 0 at most ``groups`` groups that are neither trained nor dropped were started k or more versions ago;
+the next step takes these first, and waits for those of them that are still in flight, so that no token that is trained is more
+than k versions old. The same counts bound the work in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 
 from .errors import DataError, RunError
@@ -41,33 +44,38 @@ class Buffer:
         self.first_version = first_version
         self.counts = Counts()
         self.ready: list[GroupRef] = []
+        self._in_flight: list[int] = []  # of each group that was started, the version at that time
         self._failure: BaseException | None = None
         self._changed = asyncio.Condition()
 
-    async def admit(self) -> None:
-        """Wait until one more group may start, and count it as started."""
+    async def admit(self) -> int:
+        """Wait until one more group may start, and count it as started; ``put`` and ``drop`` want the version it gives."""
         async with self._changed:
             await self._changed.wait_for(self._may_start)
             self.counts.started += 1
+            self._in_flight.append(self.counts.version)
+            return self.counts.version
 
     def _may_start(self) -> bool:
         c = self.counts
         reach = min(c.version + self.max_staleness + 1, self.steps)
         return c.started - c.dropped < reach * self.groups
 
-    async def put(self, group: GroupRef) -> None:
-        """A group is complete and scored."""
+    async def put(self, group: GroupRef, started: int) -> None:
+        """A group that was started at version ``started`` is complete and scored."""
         async with self._changed:
+            self._in_flight.remove(started)
             self.ready.append(group)
             self._changed.notify_all()
 
-    async def drop(self, reason: str) -> None:
-        """A group is not trained on; another may start in its place.
+    async def drop(self, reason: str, started: int) -> None:
+        """A group that was started at version ``started`` is not trained on; another may start in its place.
 
         Raises:
             RunError: So many were dropped that the filters will never let a batch through.
         """
         async with self._changed:
+            self._in_flight.remove(started)
             c = self.counts
             c.dropped += 1
             c.reasons[reason] = c.reasons.get(reason, 0) + 1
@@ -86,20 +94,22 @@ class Buffer:
         """The next step's groups, in the order of the data.
 
         Raises:
-            RunError: They were not complete within ``seconds``, or a fresh token is older than ``max_staleness`` allows.
+            RunError: They were not complete within ``seconds``, or a token is older than ``max_staleness`` allows.
             DataError: Two of them have the same id.
         """
         await deadline(
             self._wait_ready(),
             seconds,
             "the loop",
-            lambda: f"{self.groups} groups ({len(self.ready)} were ready)",
+            lambda: f"{self.groups} groups ({len(self.ready)} were ready, {len(self._in_flight)} in flight)",
             "Raise deadlines.rollout, or look for a slow environment or reward.",
         )
-        taken = sorted(self.ready[: self.groups], key=lambda g: g.position)
+        oldest_first = sorted(self.ready, key=_oldest)
+        taken, left = oldest_first[: self.groups], oldest_first[self.groups :]
+        taken.sort(key=lambda g: g.position)
         self._assert_fresh(taken)
         self._assert_distinct(taken)
-        self.ready = self.ready[self.groups :]
+        self.ready = left
         self.counts.taken += len(taken)
         return taken
 
@@ -110,15 +120,20 @@ class Buffer:
 
     async def _wait_ready(self) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._failure is not None or len(self.ready) >= self.groups)
+            await self._changed.wait_for(lambda: self._failure is not None or self._may_take())
         if self._failure is not None:
             raise self._failure
+
+    def _may_take(self) -> bool:
+        """Enough are ready, and none is in flight that would be too old a step later."""
+        due = self.counts.version - self.max_staleness
+        return len(self.ready) >= self.groups and all(started > due for started in self._in_flight)
 
     def _assert_fresh(self, groups: list[GroupRef]) -> None:
         now = self.first_version + self.counts.version
         for ref in (r for g in groups for r in g.refs if r.sampled):
             oldest_allowed = now - self.max_staleness
-            if ref.versions[1] < oldest_allowed or (self.max_staleness == 0 and ref.versions[0] < now):
+            if ref.versions[0] < oldest_allowed:
                 raise RunError(
                     f"sample {ref.id} was sampled by versions {ref.versions}, but version {now} with max_staleness {self.max_staleness} "
                     f"takes none before {oldest_allowed}. This is a bug in admission or in an engine's version stamp."
@@ -138,3 +153,8 @@ class Buffer:
         async with self._changed:
             self.counts.version += 1
             self._changed.notify_all()
+
+
+def _oldest(group: GroupRef) -> float:
+    """The oldest version that sampled one of a group's tokens; infinity where none was sampled."""
+    return min((r.versions[0] for r in group.refs if r.sampled), default=math.inf)

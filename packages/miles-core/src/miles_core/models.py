@@ -51,7 +51,7 @@ def materialize(
         DataError: The tokenizer cannot be built for these texts.
     """
     if model_path is not None:
-        return _existing(model_path)
+        return local_model(model_path) or _from_hub(model_path)
     if config is None or tokenizer is None:
         raise ConfigError("a model needs a path (Hugging Face directory or hub id), or a config and a tokenizer to build it from scratch")
     known = list(texts) if tokenizer.kind == "bpe" else texts  # words do not depend on the texts
@@ -71,7 +71,11 @@ def materialize(
     return directory
 
 
-def _existing(model_path: str) -> Path:
+def local_model(model_path: str) -> Path | None:
+    """The directory that a model path names; None for a hub id. Reads nothing from the network and imports nothing heavy.
+
+    Raises ConfigError when it is neither, or the directory is not in Hugging Face format.
+    """
     path = local_path(model_path, "model path")
     if (path / "config.json").is_file():
         return path
@@ -79,6 +83,10 @@ def _existing(model_path: str) -> Path:
         raise ConfigError(f"model path {path} holds no config.json; give a directory in Hugging Face format")
     if not HUB_ID.fullmatch(model_path):
         raise ConfigError(f"model path {model_path!r} is neither a directory nor a hub id of the form owner/name")
+    return None
+
+
+def _from_hub(model_path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:

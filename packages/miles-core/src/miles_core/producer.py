@@ -65,15 +65,15 @@ class Producer:
 
     async def _start_groups(self) -> None:
         while True:
-            await self.buffer.admit()
+            started = await self.buffer.admit()
             if self.reissue:
                 position = self.reissue.pop(0)
             else:
                 position, self.position = self.position, self.position + 1
-            task = asyncio.create_task(self._group(position))
+            task = asyncio.create_task(self._group(position, started))
             self._flying[task] = position
 
-    async def _group(self, position: int) -> None:
+    async def _group(self, position: int, started: int) -> None:
         """One group, from prompt to buffer. It is in flight until the very moment in which it is ready or dropped."""
         task = asyncio.current_task()
         assert task is not None
@@ -85,11 +85,11 @@ class Producer:
             reason = self._reason_to_drop(group)
             if reason is None:
                 ref = GroupRef.of(group, position)
-                await self.buffer.put(ref)
+                await self.buffer.put(ref, started)
                 del self._flying[task]
                 self.on_group(ref)
             else:
-                await self.buffer.drop(reason)
+                await self.buffer.drop(reason, started)
                 del self._flying[task]
                 self.on_group(None)
         except asyncio.CancelledError:

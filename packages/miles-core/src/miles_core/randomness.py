@@ -6,6 +6,7 @@ schedule differently therefore sample the same tokens from the same distribution
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 
@@ -51,14 +52,14 @@ def generator(*parts: str | int) -> np.random.Generator:
 def shuffled(index: int, size: int, *parts: str | int) -> int:
     """Position ``index`` of a seeded permutation of ``range(size)``, computed alone (no table is kept).
 
-    A 4-round Feistel network over the next power of four, walked until it lands inside the range
+    An 8-round Feistel network over the next power of four, walked until it lands inside the range
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     if not 0 <= index < size:
         raise IndexError(f"index {index} is outside a permutation of {size}")
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    rounds = [key("shuffled", r, *parts) for r in range(4)]
+    rounds = _round_keys(*parts)
     while True:
         left, right = index >> half, index & mask
         for round_key in rounds:
@@ -66,6 +67,11 @@ def shuffled(index: int, size: int, *parts: str | int) -> int:
         index = (left << half) | right
         if index < size:
             return index
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(*parts: str | int) -> tuple[int, ...]:
+    return tuple(key("shuffled", r, *parts) for r in range(8))
 
 
 def _mix_int(x: int) -> int:

@@ -102,7 +102,7 @@ def merge(base: Any, overlay: Any) -> Any:
         overlay = {"use": overlay}
     if not (isinstance(base, dict) and isinstance(overlay, dict)):
         return overlay
-    if "use" in base and "use" in overlay and overlay["use"] != base["use"]:
+    if "use" in overlay and overlay["use"] != base.get("use"):
         return dict(overlay)
     return base | {k: merge(base[k], v) if k in base else v for k, v in overlay.items()}
 

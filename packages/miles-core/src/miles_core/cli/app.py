@@ -176,7 +176,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live view is the progress
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what typer.Exit was given comes back as a number, else None
+        if code:
+            sys.exit(code)
     except MilesError as error:
         errors.print(f"[bold red]error[/] {escape(str(error))}")
         for note in getattr(error, "__notes__", []):
@@ -185,8 +187,6 @@ def main() -> None:
     except (KeyboardInterrupt, asyncio.CancelledError, typer.Abort):
         errors.print("interrupted")
         sys.exit(130)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
     except Exception as error:
         code = getattr(error, "exit_code", None)  # click's usage errors
         if code is None or not hasattr(error, "format_message"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Group
@@ -25,7 +26,7 @@ def ending(run_dir: RunDir) -> Group:
         parts.append(f"[bold]{key.removeprefix('eval/')}[/]: {values[0]:.3f} before, [bold green]{values[-1]:.3f}[/] after")
     parts += _before_and_after(run_dir)
     if rows:
-        parts.append(f"Curve: {plot(run_dir)}")
+        parts.append(f"Curve: {plot(run_dir)}" if find_spec("matplotlib") else escape("Curve: pip install 'miles-core[report]' draws it"))
     final = run_dir.models / "final"
     parts.append(f"Weights: {final}/policy (a Hugging Face directory) · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
     parts.append(

@@ -64,6 +64,10 @@ class SlotModel:
             model.set_attn_implementation(attention.NAME)
         self._routing = RoutingRecorder(model)
         self._wanted = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._columns = torch.arange(0, device=self.device)
+        # Masks are added to the scores: floats (bools would be added as 0 and 1), and not −∞, which gives NaN where nothing is seen.
+        self._seen = torch.zeros((), dtype=model.dtype, device=self.device)
+        self._unseen = torch.full_like(self._seen, torch.finfo(model.dtype).min)
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0][self._wanted, -1:],))  # lm_head only where asked for
         self._check_against(own, tokens, name)
         self.new_cache()
@@ -88,13 +92,14 @@ class SlotModel:
             Logits [m, V] and the routing [n, S, L, K], None for dense models.
         """
         length = int(positions.max()) + 1
+        if length > len(self._columns):
+            self._columns = torch.arange(self.cache.length, device=self.device)
         positions_t = self._tensor(positions)
         self.cache.aim = Aim(self._tensor(slots), positions_t, length, leading=np.array_equal(slots, np.arange(len(slots))))
         self._wanted = self._tensor(wanted)
         self._routing.start()
-        visible = torch.arange(length, device=self.device) <= positions_t[..., None]
-        least = torch.finfo(self.hf.dtype).min  # not −∞: a float mask is added (a bool mask would be added too, as 0 and 1)
-        mask = torch.zeros(visible.shape, dtype=self.hf.dtype, device=self.device).masked_fill_(~visible, least)
+        visible = self._columns[:length] <= positions_t[..., None]
+        mask = torch.where(visible, self._seen, self._unseen)
         logits = self.hf(
             input_ids=self._tensor(tokens),
             position_ids=positions_t,
@@ -121,11 +126,11 @@ class SlotModel:
         for step in range(length - 4):
             positions = np.minimum([[7 + step], [4 + step]], length - 1)  # the first row ends early: its last token is run again
             logits, _ = self.forward(rows, np.take_along_axis(tokens, positions, 1), positions, rows)
-        error = float((logits.float() - own.float()).abs().mean() / own.float().std())
-        if not error <= TOLERANCE[self.hf.dtype]:
+        error, spread = float((logits.float() - own.float()).abs().mean()), float(own.float().std())
+        if not error <= TOLERANCE[self.hf.dtype] * spread:
             raise ConfigError(
-                f"with its cache in slots {name} gives other logits than by itself (mean difference {error:.2g} standard deviations): it "
-                "treats positions or masks in a way that the local engine does not know. Use another engine for this model."
+                f"with its cache in slots {name} gives other logits than by itself (mean difference {error:.2g}, standard deviation "
+                f"{spread:.2g}): it treats positions or masks in a way that the local engine does not know. Use another engine for it."
             )
 
 

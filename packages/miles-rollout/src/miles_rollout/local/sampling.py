@@ -29,12 +29,12 @@ class Draw:
         tokens: int64 [n].
         logprobs: float32 [n], under the distribution drawn from: scaled by temperature, renormalised over the support. Greedy
             tokens (temperature 0) have theirs under temperature 1, since greedy choice has no distribution.
-        support: For each row the ids it could be drawn from, in rising order; None where it was not restricted.
+        support: The ids that a row could be drawn from, in rising order, by row; only of rows that were restricted.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    support: list[list[int] | None]
+    support: dict[int, list[int]]
 
 
 def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
@@ -54,7 +54,7 @@ def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
     temperature = np.where(greedy, 1.0, settings.temperature).astype(np.float32)
     logits = logits.float()
     logprobs = torch.log_softmax(logits if (temperature == 1).all() else logits / _column(temperature, logits), dim=-1)
-    support: list[list[int] | None] = [None] * len(logits)
+    support: dict[int, list[int]] = {}
     restricted = ~greedy & ((settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0))
     if restricted.any():
         rows = np.flatnonzero(restricted)
@@ -79,10 +79,9 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
 def _invert(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
     """int64 [n]: the first token at which the cumulative probability exceeds ``uniform`` · total, in float64."""
     cumulative = logprobs.double().exp_().cumsum_(dim=-1)
-    total = cumulative[:, -1:]
-    target = _column(uniforms, logprobs) * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # the product may round up to the total
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logprobs.shape[1] - 1)  # clamp: rows of NaN
+    below_one = uniforms * (1 - 2.0**-52)  # so that no product rounds up to the total
+    target = _column(below_one, logprobs) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logprobs.shape[1] - 1)  # clamp: rows of NaN
 
 
 def _support(logprobs: Tensor, settings: Settings, rows: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ from miles_core.randomness import uniform
 from .model import SlotModel
 from .sampling import Settings, draw
 from .slots import Slots
-from .stops import StopTexts
+from .stops import Stops
 
 RIDING = 32
 """A session that comes back with at most this many new tokens runs them one by one in the decoding steps; more are prefilled."""
@@ -31,15 +31,15 @@ class Call:
 
     Attributes:
         request: What is asked for; checked.
-        completing: bool [vocabulary], tokens that may complete a stop text; None without stop texts.
+        may_end: bool [V], tokens that may end it (``Stops.may_end``).
         reply: Where the caller waits. The scheduler only hands it back.
-        support: Of each token sampled so far.
+        support: Of each token sampled so far, where sampling is restricted.
     """
 
     request: GenerateRequest
-    completing: np.ndarray | None
+    may_end: np.ndarray
     reply: Any
-    support: list[list[int] | None] = field(default_factory=list)
+    support: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,22 @@ class Scheduler:
     next is known already. Prefill runs many tokens of a sequence at once, up to its last, which decoding leaves to it.
     """
 
-    def __init__(self, model: SlotModel, stops: StopTexts, end_of_text: frozenset[int], max_slots: int, max_length: int) -> None:
+    def __init__(self, model: SlotModel, stops: Stops, max_slots: int, max_length: int) -> None:
         self.version = 0
         self.stats = Stats()
-        self._model, self._stops, self._end_of_text = model, stops, np.array(sorted(end_of_text), np.int64)
+        self._model, self._stops = model, stops
         self._max_slots, self._max_length = max_slots, max_length
         self.reset()
 
     def reset(self) -> None:
         """Forget every session and waiting call."""
         self._slots = Slots(self._model.new_cache(), self._max_slots, self._max_length)
-        self._running: dict[str, Call] = {}
         self._waiting: deque[Call] = deque()
 
     @property
     def idle(self) -> bool:
         """Whether a step would have nothing to do."""
-        return not self._running and not self._waiting
+        return not self._waiting and not self._slots.rows["running"].any()
 
     def drop_caches(self) -> None:
         """After a change of weights: what is cached was computed by other ones."""
@@ -115,7 +114,6 @@ class Scheduler:
 
     def _forget(self, session: str) -> None:
         self._waiting = deque(call for call in self._waiting if call.request.session != session)
-        self._running.pop(session, None)
         if (slot := self._slots.find(session)) is not None:
             self._slots.release(slot)
 
@@ -133,17 +131,16 @@ class Scheduler:
         row["key"], row["temperature"], row["top_p"] = request.key, sampling.temperature, sampling.top_p
         row["top_k"], row["min_p"] = sampling.top_k, sampling.min_p
         slots.tokens[slot, :length] = request.tokens
-        self._running[request.session] = call
+        slots.calls[slot] = call
 
     def _finish(self, slot: int, finish: Literal["stop", "length"]) -> tuple[Call, Generation]:
         slots, row = self._slots, self._slots.rows[slot]
-        call = self._running.pop(slots.sessions[slot] or "")
+        call, slots.calls[slot] = slots.calls[slot], None
         sampled = slice(int(row["context"]), int(row["length"]))
         row["running"], row["used"] = False, self.stats.decode_steps
         routing = None if slots.routing is None else slots.routing[slot, call.request.routing_start : sampled.stop - 1].copy()
         columns = (held[slot, sampled].copy() for held in (slots.tokens, slots.logprobs, slots.versions))
-        support = None if call.support[0] is None else [ids or [] for ids in call.support]
-        return call, Generation(*columns, finish=finish, routing=routing, support=support)
+        return call, Generation(*columns, finish=finish, routing=routing, support=call.support or None)
 
     # ---- forward passes -----------------------------------------------------------------------------------------------
 
@@ -208,23 +205,12 @@ class Scheduler:
         held.versions[last, index] = self.version
         rows["length"][last] = index + 1
         self.stats.generated_tokens += len(last)
-        stopped = self._stopped(last, drawn.tokens, drawn.support)
+        calls = [held.calls[slot] for slot in last.tolist()]
+        for i, ids in drawn.support.items():
+            calls[i].support.append(ids)
+        stopped = np.array([call.may_end[token] for call, token in zip(calls, drawn.tokens.tolist(), strict=True)])
+        for i in np.flatnonzero(stopped):
+            generated = held.tokens[last[i], sampling["context"][i] : index[i] + 1]
+            stopped[i] = self._stops.ends(calls[i].request.sampling, generated)
         ended = stopped | (index + 1 >= sampling["end"])
         return [self._finish(int(last[i]), "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
-
-    def _stopped(self, slots: np.ndarray, tokens: np.ndarray, support: list[list[int] | None]) -> np.ndarray:
-        """bool [m]: whether the tokens just sampled end their generation; also notes the support of each."""
-        stopped = np.isin(tokens, self._end_of_text)
-        held = self._slots
-        for i, (slot, token) in enumerate(zip(slots.tolist(), tokens.tolist(), strict=True)):
-            call = self._running[held.sessions[slot] or ""]
-            call.support.append(support[i])
-            if stopped[i]:
-                continue
-            sampling = call.request.sampling
-            if token in sampling.stop_token_ids:
-                stopped[i] = True
-            elif call.completing is not None and token < len(call.completing) and call.completing[token]:
-                row = held.rows[slot]
-                stopped[i] = self._stops.complete(sampling.stop, held.tokens[slot, row["context"] : row["length"]])
-        return stopped

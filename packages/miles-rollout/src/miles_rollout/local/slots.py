@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -39,6 +41,7 @@ class Slots:
         versions: int32 [slots, length], of sampled tokens.
         routing: [slots, length, L, K], or None while nothing was recorded (dense models).
         sessions: Name of each slot's session, None where the slot is free.
+        calls: What each slot runs for; None where it is idle.
     """
 
     def __init__(self, cache: SlotCache, max_slots: int, max_length: int) -> None:
@@ -50,6 +53,7 @@ class Slots:
         self.versions = np.zeros((0, 0), np.int32)
         self.routing: np.ndarray | None = None
         self.sessions: list[str | None] = []
+        self.calls: list[Any] = []
         self._slot_of: dict[str, int] = {}
 
     def find(self, session: str) -> int | None:
@@ -77,7 +81,7 @@ class Slots:
         session = self.sessions[slot]
         if session is not None:
             del self._slot_of[session]
-        self.sessions[slot] = None
+        self.sessions[slot] = self.calls[slot] = None
         self.rows[slot] = np.zeros((), ROW)
 
     def drop_caches(self) -> None:
@@ -99,6 +103,7 @@ class Slots:
         if self.routing is not None:
             self.routing = _enlarged(self.routing, (n_slots, length, *self.routing.shape[2:]))
         self.sessions += [None] * (n_slots - len(self.sessions))
+        self.calls += [None] * (n_slots - len(self.calls))
         self._cache.grow(n_slots, length)
 
     def gather_running(self) -> int:
@@ -119,7 +124,8 @@ class Slots:
                 held[here, :length] = held[there, :length]
         self._cache.swap(self._tensor(a), self._tensor(b), int(self.rows["cached"][here].max()))
         for i, j in zip(a.tolist(), b.tolist(), strict=True):
-            self.sessions[i], self.sessions[j] = self.sessions[j], self.sessions[i]
+            for names in (self.sessions, self.calls):
+                names[i], names[j] = names[j], names[i]
         self._slot_of |= {session: slot for slot in here.tolist() if (session := self.sessions[slot]) is not None}
 
     def share(self, source: int, targets: list[int], length: int) -> None:

@@ -1,0 +1,132 @@
+"""Tokens per CPU-second of the local engine beside transformers' `generate`, both over the model of the quick start.
+
+    OMP_NUM_THREADS=1 uv run --locked python benchmarks/local_engine.py
+
+One thread, processor time of the whole process, taking turns. 16 samples a prompt, at most 64 new tokens. Two jobs: `ends` stops at the end
+of text, so that lengths differ as in a rollout (28 on average; only tokens up to the end count); `full` never stops, every sequence gets 64.
+The engine gets one request a sample, all at once, and returns logprobs and versions too; `generate` gets the whole batch, all prompts of one
+length (its best case: no mask), and returns tokens. Ratios are engine / generate: above 1 the engine wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from _machine import ROOT, interleave, median_ratio, summary, write_result
+from miles_core.protocols import BuildContext, GenerateRequest, SamplingParams
+from miles_rollout.local.engine import LocalEngine
+from miles_rollout.plugins import LocalEngineConfig
+
+EOS, VOCABULARY, NEW_TOKENS, PROMPT_TOKENS, GROUP = 1, 38, 64, 9, 16
+
+
+def save_model(directory: Path, job: str) -> Path:
+    """The quick start's model (0.225 M parameters), untrained."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=288,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=0,
+        eos_token_id=EOS if job == "ends" else None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory / job)
+    return directory / job
+
+
+def prompts(batch: int) -> np.ndarray:
+    """int32 [batch, PROMPT_TOKENS], each prompt GROUP times."""
+    distinct = np.random.default_rng(0).integers(2, VOCABULARY, (batch // GROUP, PROMPT_TOKENS), dtype=np.int32)
+    return distinct.repeat(GROUP, axis=0)
+
+
+class Sampling:
+    """Both ways to sample a batch; each returns tokens per second of processor time."""
+
+    def __init__(self, path: Path) -> None:
+        context = BuildContext(run_dir=path, run="benchmark", seed=0, model_path=path)
+        self.engine = LocalEngine(LocalEngineConfig(use="local"), context)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.loop = asyncio.new_event_loop()
+        self.ends = self.model.generation_config.eos_token_id is not None
+        self.round = 0
+
+    def local_engine(self, batch: int) -> float:
+        self.round += 1
+        contexts, sampling = prompts(batch), SamplingParams(NEW_TOKENS)
+
+        async def one(index: int) -> int:
+            session = f"{self.round}.{index}"
+            generation = await self.engine.generate(GenerateRequest(session, contexts[index], sampling, key=self.round * batch + index))
+            await self.engine.release(session)
+            return len(generation.tokens)
+
+        async def everything() -> list[int]:
+            return await asyncio.gather(*(one(index) for index in range(batch)))
+
+        began = time.process_time()
+        return sum(self.loop.run_until_complete(everything())) / (time.process_time() - began)
+
+    @torch.inference_mode()
+    def generate(self, batch: int) -> float:
+        self.round += 1
+        inputs = torch.from_numpy(prompts(batch).astype(np.int64))
+        torch.manual_seed(self.round)
+        began = time.process_time()
+        output = self.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
+        )
+        seconds = time.process_time() - began
+        new = output[:, PROMPT_TOKENS:].numpy()
+        ended = (new == EOS) & self.ends
+        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, new.shape[1])
+        return float(lengths.sum() / seconds)
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.engine.close())
+        self.loop.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, object] = {"benchmark": "local_engine", **vars(args), "unit": "tokens per CPU-second", "new_tokens": NEW_TOKENS}
+    with tempfile.TemporaryDirectory() as directory:
+        for job in ("ends", "full"):
+            ways = Sampling(save_model(Path(directory), job))
+            for batch in args.batches:
+                rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate")}, args.repeats)
+                ratio = median_ratio(rates["local_engine"], rates["generate"])
+                result[f"{job}/{batch}"] = {"rates": {w: summary(r) for w, r in rates.items()}, "ratio": round(ratio, 2)}
+                medians = {w: round(summary(r)["median"]) for w, r in rates.items()}
+                print(
+                    f"{job}, batch {batch}: × {ratio:.2f} ({medians['local_engine']} against {medians['generate']} tokens per CPU-second)"
+                )
+            ways.close()
+    path = write_result("local_engine", result, ("torch", "transformers", "miles-rollout"))
+    print(f"written to {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,398 @@
+"""The local engine against transformers: every token's logprob is that of a plain forward pass over the whole sequence, whatever the
+engine did to get there (batches, caches in slots, shared prompts, turns, evictions, new weights), and every token is the one that its
+uniform number picks from that distribution."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miles_core.plugins import config_class
+from miles_core.protocols import BuildContext, GenerateRequest, Generation, SamplingParams
+from miles_core.randomness import uniform
+
+VOCABULARY = 61
+Engine = Any
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = TINY | {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": TINY | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": MOE | {"model_type": "qwen3_moe", "mlp_only_layers": [1]},
+    "llama": TINY | {"model_type": "llama"},
+    # Logits are scaled, and positions are learned: nothing of the kind may get lost.
+    "granite": TINY | {"model_type": "granite", "logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    | {name: TINY[name] for name in ("initializer_range", "eos_token_id", "bos_token_id", "pad_token_id")},
+}
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a tiny model with seeded weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(7)
+            made[name] = tmp_path_factory.mktemp(name)
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name])).save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def engine_of(model_path: Callable[[str], Path]) -> Iterator[Callable[..., Engine]]:
+    """Builds engines as a recipe does."""
+
+    def build(name: str = "qwen3", device: str = "cpu", **options: Any) -> Engine:
+        config = config_class("rollout_engine", "local").model_validate({"use": "local", **options})
+        path = model_path(name)
+        return config.build(BuildContext(run_dir=path, run="test", seed=0, model_path=path, device=device))
+
+    yield build
+
+
+class Reference:
+    """Plain forward passes of transformers: no cache, one sequence at a time."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float64 [T, V]; row t is of token t + 1."""
+        import torch
+
+        with torch.no_grad():
+            return self.model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].double().numpy()
+
+    def routing(self, tokens: np.ndarray) -> np.ndarray:
+        """[T, L, K] experts with the largest router logits, largest first."""
+        import torch
+
+        with torch.no_grad():
+            logits = self.model(torch.from_numpy(tokens.astype(np.int64))[None], output_router_logits=True).router_logits
+        return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
+
+    def weights(self) -> list[tuple[str, Any]]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        return list(revert_weight_conversion(self.model, weights).items())
+
+    def perturb(self) -> None:
+        """Other weights, as far from the old as to change most tokens."""
+        import torch
+
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def check(request: GenerateRequest, generation: Generation, logits: np.ndarray) -> None:
+    """Tokens, logprobs and count, given the logits of a plain forward pass over context and generation."""
+    start, n = len(request.tokens), len(generation.tokens)
+    assert 1 <= n <= request.sampling.max_tokens
+    temperature = request.sampling.temperature or 1.0
+    expected = log_softmax(logits[start - 1 : start - 1 + n] / temperature)
+    np.testing.assert_allclose(generation.logprobs, expected[np.arange(n), generation.tokens], atol=1e-5, rtol=0)
+    assert generation.logprobs.dtype == np.float32 and generation.tokens.dtype == np.int32 and generation.versions.dtype == np.int32
+    if request.sampling.temperature == 0:
+        drawn = expected.argmax(axis=-1)
+    else:
+        u = uniform(np.full(n, request.key, np.uint64), start + np.arange(n))
+        drawn = (np.exp(expected).cumsum(axis=-1) < u[:, None]).sum(axis=-1)
+    np.testing.assert_array_equal(generation.tokens, drawn)
+
+
+def sequence(request: GenerateRequest, generation: Generation) -> np.ndarray:
+    return np.concatenate([request.tokens, generation.tokens])
+
+
+def ragged_requests(count: int, seed: int = 0, max_tokens: int = 40) -> list[GenerateRequest]:
+    rng = np.random.default_rng(seed)
+    return [
+        GenerateRequest(
+            session=f"s{seed}.{i}",
+            tokens=rng.integers(0, VOCABULARY, rng.integers(1, 60)).astype(np.int32),
+            sampling=SamplingParams(int(rng.integers(1, max_tokens)), temperature=(1.0, 0.7, 1.6, 0.0)[i % 4]),
+            key=int(rng.integers(2**63)) * 2 + 1,  # 64 bits
+        )
+        for i in range(count)
+    ]
+
+
+async def generate_all(engine: Engine, requests: list[GenerateRequest]) -> list[Generation]:
+    return await asyncio.gather(*(engine.generate(r) for r in requests))
+
+
+@pytest.mark.parametrize("name", MODELS)
+async def test_ragged_concurrent_requests(name: str, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    engine, reference, requests = engine_of(name), Reference(model_path(name)), ragged_requests(48)
+    for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
+        check(request, generation, reference.logits(sequence(request, generation)))
+        assert len(generation.tokens) == request.sampling.max_tokens and generation.finish == "length"
+    await engine.close()
+
+
+async def test_fewer_slots_than_requests(engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """Requests wait for slots; sessions between turns lose theirs to those that wait, and come back."""
+    engine, reference = engine_of(max_batch=5), Reference(model_path("qwen3"))
+
+    async def play(request: GenerateRequest) -> None:
+        for turn in range(3):
+            generation = await engine.generate(request)
+            check(request, generation, reference.logits(sequence(request, generation)))
+            await asyncio.sleep(0.002 * (request.key % 3))
+            injected = np.arange(turn + 2, dtype=np.int32)
+            request = replace(request, tokens=np.concatenate([sequence(request, generation), injected]))
+
+    await asyncio.gather(*(play(r) for r in ragged_requests(23, max_tokens=12)))
+    await engine.close()
+
+
+@pytest.mark.parametrize("injected, prefilled", [(5, 0), (32, 0), (33, 33), (70, 70)])
+async def test_turns_run_only_new_tokens(
+    injected: int, prefilled: int, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    """The last sampled token and the injected ones ride along in decoding steps, or are prefilled (all but the last) if they are many."""
+    engine, reference = engine_of(), Reference(model_path("qwen3"))
+    requests = ragged_requests(12, max_tokens=10)
+    for turn in range(3):
+        before = engine.stats()
+        generations = await generate_all(engine, requests)
+        after = engine.stats()
+        for request, generation in zip(requests, generations, strict=True):
+            check(request, generation, reference.logits(sequence(request, generation)))
+        if turn:
+            assert after["prefill_tokens"] - before["prefill_tokens"] == prefilled * len(requests)
+        more = np.random.default_rng(turn).integers(0, VOCABULARY, injected).astype(np.int32)
+        requests = [replace(r, tokens=np.concatenate([sequence(r, g), more])) for r, g in zip(requests, generations, strict=True)]
+    await engine.close()
+
+
+async def test_a_context_that_does_not_extend_the_last(engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """Compacted, shortened or altogether different contexts in the same session."""
+    engine, reference = engine_of(), Reference(model_path("qwen3"))
+    request = replace(ragged_requests(1)[0], tokens=np.arange(50, dtype=np.int32), sampling=SamplingParams(8))
+    contexts = [
+        np.arange(50),
+        np.arange(20),
+        np.concatenate([np.arange(10), np.arange(40, 10, -1)]),
+        np.arange(1, 45),
+        np.arange(3),
+        np.arange(4),
+    ]
+    for context in contexts:
+        request = replace(request, tokens=context.astype(np.int32))
+        generation = await engine.generate(request)
+        check(request, generation, reference.logits(sequence(request, generation)))
+    await engine.close()
+
+
+async def test_alone_or_in_company_the_same_tokens(engine_of: Callable[..., Engine]) -> None:
+    engine, requests = engine_of(), ragged_requests(64, seed=5)
+    together = await generate_all(engine, requests)
+    for request, generation in zip(requests[::7], together[::7], strict=True):
+        alone = await engine.generate(replace(request, session="alone"))
+        await engine.release("alone")
+        np.testing.assert_array_equal(alone.tokens, generation.tokens)
+        np.testing.assert_allclose(alone.logprobs, generation.logprobs, atol=1e-5)
+    await engine.close()
+
+
+async def test_a_prompt_that_waits_several_times_is_prefilled_once(
+    engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    engine, reference = engine_of("qwen3_moe"), Reference(model_path("qwen3_moe"))
+    prompts = [np.arange(start, start + 40, dtype=np.int32) for start in (0, 7, 20)]
+    requests = [GenerateRequest(f"{p}.{i}", prompts[p], SamplingParams(20), key=100 * p + i) for i in range(16) for p in range(3)]
+    generations = await generate_all(engine, requests)
+    assert engine.stats()["prefill_tokens"] == 3 * 39
+    for request, generation in zip(requests, generations, strict=True):
+        tokens = sequence(request, generation)
+        check(request, generation, reference.logits(tokens))
+        np.testing.assert_array_equal(generation.routing, reference.routing(tokens)[:-1])
+    await engine.close()
+
+
+async def test_restricted_support(engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """Support and logprobs against transformers' own logits processors."""
+    import torch
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    engine, reference = engine_of(), Reference(model_path("qwen3"))
+    restrictions = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9, "min_p": 0.05}, {}]
+    requests = [
+        GenerateRequest(f"{i}", np.arange(i, i + 9, dtype=np.int32), SamplingParams(30, temperature=0.8, **restrictions[i % 5]), key=i)
+        for i in range(20)
+    ]
+    for i, (request, generation) in enumerate(zip(requests, await generate_all(engine, requests), strict=True)):
+        sampling = request.sampling
+        scores = torch.from_numpy(reference.logits(sequence(request, generation))[8:-1])
+        scores = TemperatureLogitsWarper(0.8)(None, scores)
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores) if sampling.top_k else scores
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores) if sampling.top_p < 1 else scores
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores) if sampling.min_p else scores
+        expected = log_softmax(scores.numpy())
+        np.testing.assert_allclose(generation.logprobs, expected[np.arange(30), generation.tokens], atol=1e-5)
+        if i % 5 == 4:
+            assert generation.support is None
+        else:
+            assert generation.support == [np.flatnonzero(np.isfinite(row)).tolist() for row in expected]
+    await engine.close()
+
+
+@pytest.mark.parametrize("restriction", [{}, {"top_k": 6}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.6}])
+async def test_first_tokens_are_distributed_as_they_should(
+    restriction: dict, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    """Pearson's χ² over 6,000 keys. Over 61 ids its mean is 60 and its standard deviation 11; a wrong distribution gives hundreds."""
+    engine, reference, prompt, n = engine_of(), Reference(model_path("qwen3")), np.array([3, 1, 4, 1, 5], np.int32), 6000
+    sampling = SamplingParams(1, **restriction)
+    requests = [GenerateRequest(f"{i}", prompt, sampling, key=i * 0x9E3779B97F4A7C15 % 2**64) for i in range(n)]
+    generations = await generate_all(engine, requests)
+    counts = np.bincount([int(g.tokens[0]) for g in generations], minlength=VOCABULARY)
+    probs = np.exp(log_softmax(reference.logits(prompt)[-1] / sampling.temperature))
+    if support := generations[0].support:
+        assert 1 < len(support[0]) < VOCABULARY
+        probs = np.where(np.isin(np.arange(VOCABULARY), support[0]), probs, 0.0)
+        probs /= probs.sum()
+    assert counts[probs == 0].sum() == 0
+    likely = probs * n >= 5  # the others count as one
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(probs[likely], probs[~likely].sum()) * n
+    keep = expected > 0
+    assert (((observed - expected) ** 2)[keep] / expected[keep]).sum() < 120
+    await engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+async def test_new_weights_in_the_middle(name: str, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """Each token has the logprob that the weights of its version give it, the whole context run by these; so has each routing row,
+    whose version is that of the token it was recorded for, the next one."""
+    engine, old, new = engine_of(name), Reference(model_path(name)), Reference(model_path(name))
+    new.perturb()
+    requests = [replace(r, sampling=replace(r.sampling, max_tokens=60)) for r in ragged_requests(24)]
+    running = asyncio.gather(*(engine.generate(r) for r in requests))
+    while engine.stats()["generated_tokens"] < 24 * 20:
+        await asyncio.sleep(0)
+    await engine.update_weights(new.weights(), 3)
+    assert engine.version == 3
+    generations = await running
+    for request, generation in zip(requests, generations, strict=True):
+        tokens, start = sequence(request, generation), len(request.tokens)
+        before = int((generation.versions == 0).sum())
+        assert 10 < before < 50 and (generation.versions[before:] == 3).all()
+        logits = np.concatenate([old.logits(tokens)[: start - 1 + before], new.logits(tokens)[start - 1 + before :]])
+        check(request, generation, logits)
+        if generation.routing is not None:
+            frozen = start + before - 1
+            np.testing.assert_array_equal(generation.routing[:frozen], old.routing(tokens)[:frozen])
+            np.testing.assert_array_equal(generation.routing[frozen:], new.routing(tokens)[frozen:-1])
+    # The next turn: nothing that the old weights left in the cache is used.
+    requests = [replace(r, tokens=np.append(sequence(r, g), 5).astype(np.int32)) for r, g in zip(requests, generations, strict=True)]
+    for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
+        check(request, generation, new.logits(sequence(request, generation)))
+    await engine.close()
+
+
+async def test_routing_over_turns(engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """The rows of all turns, put end to end as the sample builder does, are those of a plain forward pass: all but the last."""
+    engine, reference = engine_of("qwen3_moe", max_batch=6), Reference(model_path("qwen3_moe"))
+
+    async def play(request: GenerateRequest) -> None:
+        rows: list[np.ndarray] = []
+        for turn in range(4):
+            request = replace(request, routing_start=sum(map(len, rows)))
+            generation = await engine.generate(request)
+            rows.append(generation.routing)
+            tokens = sequence(request, generation)
+            await asyncio.sleep(0.001 * (request.key % 3))
+            injected = np.arange((3, 40, 1)[turn % 3], dtype=np.int32)
+            request = replace(request, tokens=np.concatenate([tokens, injected]))
+        routing = np.concatenate(rows)
+        assert routing.dtype == np.uint8 and routing.shape == (len(tokens) - 1, 2, 2)  # layer 1 of 3 is dense
+        np.testing.assert_array_equal(routing, reference.routing(tokens)[:-1])
+
+    await asyncio.gather(*(play(r) for r in ragged_requests(14, max_tokens=8)))
+    await engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+async def test_weights_go_by_the_names_of_the_checkpoint(
+    name: str, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    """What an engine holds is what safetensors files hold, before and after an update."""
+    import torch
+    from safetensors.torch import load_file
+
+    engine, other = engine_of(name), Reference(model_path(name))
+    stored = load_file(model_path(name) / "model.safetensors")
+    held = dict(engine.named_weights())
+    assert held.keys() == stored.keys() and all(torch.equal(held[n], stored[n]) for n in stored)
+    other.perturb()
+    new = other.weights()
+    await engine.update_weights(new, 1)
+    held = dict(engine.named_weights())
+    assert held.keys() == dict(new).keys() and all(torch.equal(held[n], t) for n, t in new)
+    await engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+async def test_on_a_gpu(name: str, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
+    """The same promises on CUDA in float32: logprobs of the CPU's plain forward pass, turn by turn, and new weights from the CPU."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    engine, reference = engine_of(name, device="cuda", dtype="float32"), Reference(model_path(name))
+    for version in range(2):
+        requests = ragged_requests(48, seed=version)
+        for turn in range(2):
+            for request, generation in zip(requests, generations := await generate_all(engine, requests), strict=True):
+                tokens, start = sequence(request, generation), len(request.tokens)
+                expected = log_softmax(reference.logits(tokens) / (request.sampling.temperature or 1.0))
+                at = np.arange(start, len(tokens))
+                np.testing.assert_allclose(generation.logprobs, expected[at - 1, tokens[at]], atol=1e-4)
+                assert (generation.versions == version).all()
+            more = np.arange((4, 40)[turn], dtype=np.int32)
+            requests = [replace(r, tokens=np.concatenate([sequence(r, g), more])) for r, g in zip(requests, generations, strict=True)]
+        reference.perturb()
+        await engine.update_weights(reference.weights(), version + 1)
+    await engine.close()
+    half = engine_of(name, device="cuda")
+    requests = ragged_requests(64)
+    for request, generation in zip(requests, await generate_all(half, requests), strict=True):
+        assert len(generation.tokens) == request.sampling.max_tokens and np.isfinite(generation.logprobs).all()
+    await half.close()

@@ -1,0 +1,186 @@
+"""``miles check``: settings that are right one by one and wrong together, found without torch."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+
+from miles_core.check import check
+from miles_core.config import RunConfig
+from miles_core.errors import ConfigError
+from miles_core.plugins import PluginConfig
+
+
+def rows(): ...
+
+
+def engine(): ...
+
+
+def trainer(*, lr: float = 1e-6): ...
+
+
+def wire(): ...
+
+
+def reward(sample): ...
+
+
+def play(prompt, context): ...
+
+
+def clipped_values(inputs, *, clip: float = 0.2): ...
+
+
+clipped_values.__miles__ = {"needs": {"values", "returns"}}
+
+
+def penalised(inputs, *, by: float = 0.1): ...
+
+
+penalised.__miles__ = {"needs": {"ref_logprobs"}}
+
+
+def gae(inputs): ...
+
+
+gae.__miles__ = {"needs": {"values"}, "gives": {"advantages", "returns"}}
+
+
+class Fussy(PluginConfig):
+    """A trainer with something to say about the stage."""
+
+    point = "trainer"
+    target = "nowhere:at_all"
+
+    def problems(self, stage):
+        return [f"it does not like {stage.groups} groups"]
+
+
+HERE = f"{__name__}:"
+
+CRITIC = {"role": "critic", "trainer": HERE + "trainer", "transport": HERE + "wire", "losses": {"v": HERE + "clipped_values"}}
+REFERENCE = {"role": "reference", "trainer": HERE + "trainer", "transport": HERE + "wire"}
+GOOD = {
+    "steps": 3,
+    "groups": 2,
+    "data": HERE + "rows",
+    "rollout": {"use": "trajectories", "group_size": 4, "sampling": {"max_tokens": 8}},
+    "rewards": {"r": HERE + "reward"},
+    "models": {
+        "policy": {
+            "path": "somewhere",
+            "trainer": HERE + "trainer",
+            "transport": HERE + "wire",
+            "engine": HERE + "engine",
+            "advantage": "grpo",
+            "losses": {"ppo": {"use": "ppo_clip"}},
+        }
+    },
+}
+
+
+def problems(changes=None, stage="main"):
+    """What check says of GOOD with ``{"a.b": value}`` set; a value of ``...`` takes the key out."""
+    tree = copy.deepcopy(GOOD)
+    for path, value in (changes or {}).items():
+        *way, last = path.split(".")
+        node = tree
+        for key in way:
+            node = node.setdefault(key, {})
+        if value is ...:
+            node.pop(last)
+        else:
+            node[last] = value
+    try:
+        check(RunConfig.model_validate({"name": "x", "trackers": {}, "stages": {stage: tree}}))
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_a_good_recipe_is_good():
+    assert problems() == []
+    assert problems({"models.ref": REFERENCE, "models.policy.losses.kl": HERE + "penalised"}) == []
+    assert problems({"models.critic": CRITIC, "models.policy.advantage": HERE + "gae"}) == []
+    assert problems({"models.ref": REFERENCE | {"path": "elsewhere", "of": "policy"}}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"steps": 0}, ["steps is 0", "nothing would be trained", "at least 1"]),
+        ({"models": {}}, ["no policy", "role: policy"]),
+        ({"models": {"critic": CRITIC}}, ["no policy", "role: policy"]),
+        ({"models.policy.config": {"model_type": "qwen3"}}, ["model policy", "path and config are both given"]),
+        ({"models.policy.path": ...}, ["model policy", "neither path nor config is given"]),
+        ({"models.policy.path": ..., "models.policy.config": {"model_type": "x"}}, ["model policy", "needs a tokenizer"]),
+        ({"models.policy.engine": ...}, ["model policy", "no engine", "engine: {use: local}"]),
+        ({"models.policy.losses": {}}, ["model policy", "no losses"]),
+        ({"models.policy.advantage": ...}, ["loss 'ppo_clip' needs 'advantages'", "Add advantage"]),
+        ({"models.policy.losses.kl": HERE + "penalised"}, ["needs 'ref_logprobs'", "role: reference"]),
+        ({"models.policy.advantage": HERE + "gae"}, ["needs 'values'", "role: critic"]),
+        ({"models.critic": CRITIC}, ["model critic", "needs 'returns'"]),
+        ({"rollout.group_size": 1}, ["advantage 'grpo' needs 'groups'", "group_size to at least 2"]),
+        ({"rewards": {}}, ["advantage 'grpo' needs 'rewards'", "Add rewards"]),
+        ({"rollout": HERE + "play"}, ["needs 'logprobs'", "@miles.rollout(gives="]),
+        ({"rollout": "read"}, ["needs 'logprobs'"]),
+        ({"rollout.sampling.temperature": 0}, ["temperature is 0", "greedy"]),
+        ({"rollout.sampling.top_p": 0.9}, ["restricts the support", "top_p"]),
+        ({"rollout.sampling.top_k": 50}, ["restricts the support", "top_k"]),
+        ({"rollout.sampling.min_p": 0.1}, ["restricts the support", "min_p"]),
+        ({"models.policy.losses.ppo.old": "current", "epochs": 2}, ["old: current", "one optimizer step", "recompute"]),
+        ({"models.policy.losses.ppo.old": "current", "minibatches": 2}, ["old: current", "one optimizer step"]),
+        ({"minibatches": 9}, ["minibatches is 9", "8 trajectories"]),
+        ({"models.ref": REFERENCE | {"of": "plicy"}}, ["model ref", "'plicy'", "no policy (policy)"]),
+        ({"models.critic": CRITIC | {"of": "plicy"}}, ["model critic", "'plicy'", "no policy (policy)"]),
+        ({"models.second": GOOD["models"]["policy"], "models.ref": REFERENCE}, ["model ref", "of is missing", "policy, second"]),
+        ({"models.policy.trainer": Fussy(use="fussy")}, ["trainer 'fussy'", "does not like 2 groups"]),
+        (
+            {"rollout": "read", "models.policy.losses.ppo": "nll", "models.policy.advantage": ..., "evaluators.e": {"use": "sampled", "data": HERE + "rows"}},
+            ["evaluators sampled", "'trajectories', not 'read'"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_said_with_what_to_do(changes, expected):
+    said = problems(changes)
+    assert said, "nothing was found"
+    assert any(all(piece in line for piece in expected) for line in said), said
+    assert all(line.startswith("stage main: ") for line in said)
+
+
+def test_old_current_is_right_for_one_optimizer_step():
+    assert problems({"models.policy.losses.ppo.old": "current"}) == []
+
+
+def test_an_environment_gives_rewards():
+    assert problems({"rewards": {}, "rollout.environment": HERE + "World"}) == []
+
+
+class World: ...
+
+
+def test_greedy_evaluation_is_allowed():
+    held_out = {"use": "sampled", "data": HERE + "rows", "sampling": {"max_tokens": 8, "temperature": 0}}
+    assert problems({"evaluators.held_out": held_out}) == []
+
+
+def test_all_problems_are_said_at_once():
+    said = problems({"steps": 0, "models.policy.losses": {}, "rollout.sampling.temperature": 0})
+    assert len(said) == 3
+
+
+def test_a_stage_may_not_be_called_like_the_directory_of_the_last_weights():
+    assert "stage final" in problems(stage="final")[0]
+
+
+def test_check_needs_no_torch():
+    code = (
+        "import sys; from miles_core.config import resolve; from miles_core.check import check; check(resolve('quickstart'));"
+        "bad = [m for m in ('torch', 'transformers', 'ray', 'sglang') if m in sys.modules]; assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

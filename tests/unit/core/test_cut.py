@@ -1,0 +1,263 @@
+"""A cut counts when it is whole: killed at any moment, or damaged afterwards, the one before it is used and that is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from fixtures.samples import HARD_CASES, random_samples
+
+from miles_core import cut
+from miles_core.buffer import Counts
+from miles_core.errors import CheckpointError
+from miles_core.refs import GroupRef
+from miles_core.sample import Group
+
+WEIGHTS = b"weights of step "
+
+
+def state(step, *, config_hash="abc", **fields):
+    given = {"stage": "rl", "step": step, "global_step": step, "position": 4 * step, "in_flight": [], "counts": asdict(Counts())}
+    return cut.CutState(**{**given, "config_hash": config_hash, **fields})
+
+
+def ready_groups():
+    """Groups of one and of several samples, with every kind of column."""
+    cases = [HARD_CASES[name]() for name in ("tool_turn", "two_branches", "shared_image", "ragged", "moe")]
+    return [GroupRef.of(Group(f"g{i}", samples), 10 + i) for i, samples in enumerate(cases)]
+
+
+def take_cut(checkpoints, step, *, ready=(), keep=9, **fields):
+    partial = cut.begin(checkpoints, step)
+    (partial / "models" / "policy").mkdir(parents=True)
+    (partial / "models" / "policy" / "weights.bin").write_bytes(WEIGHTS + str(step).encode())
+    described = [(g.id, g.position, len(g.refs)) for g in ready]
+    return cut.commit(partial, state(step, ready=described, **fields), list(ready), keep)
+
+
+def weights_of(directory):
+    return (directory / "models" / "policy" / "weights.bin").read_bytes()
+
+
+# ---- what comes back -----------------------------------------------------------------------------------------------------
+
+
+def test_state_and_files_come_back(tmp_path):
+    counts = Counts(started=9, dropped=2, taken=6, version=3, reasons={"dull": 2})
+    directory = take_cut(tmp_path, 3, in_flight=[7, 9], counts=asdict(counts))
+    found, read, passed_over = cut.newest(tmp_path, "abc")
+    assert found == directory == tmp_path / "step-000003" and passed_over == []
+    assert read == state(3, in_flight=[7, 9], counts=asdict(counts))
+    assert read.buffer_counts() == counts
+    assert weights_of(found) == WEIGHTS + b"3"
+    assert cut.read_ready(found, read) == []
+
+
+def test_groups_that_were_ready_come_back_as_they_were(tmp_path):
+    ready = ready_groups()
+    directory = take_cut(tmp_path, 1, ready=ready)
+    _, read, _ = cut.newest(tmp_path, "abc")
+    back = cut.read_ready(directory, read)
+    assert [(g.id, g.position, len(g.refs)) for g in back] == [(g.id, g.position, len(g.refs)) for g in ready]
+    for was, now in zip(ready, back, strict=True):
+        for a, b in zip(was.refs, now.refs, strict=True):
+            assert (a.id, a.length, a.sampled, a.trained, a.reward, a.versions, a.status) == (
+                b.id, b.length, b.sampled, b.trained, b.reward, b.versions, b.status,
+            )  # fmt: skip
+            assert a.get().columns.keys() == b.get().columns.keys()
+            np.testing.assert_array_equal(a.get().logprobs, b.get().logprobs)
+            assert (a.get().spans, a.get().turns, a.get().rewards) == (b.get().spans, b.get().turns, b.get().rewards)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_groups_come_back(tmp_path, seed):
+    by_group = {}
+    for sample in random_samples(seed, groups=4):
+        by_group.setdefault(sample.id.group, []).append(sample)
+    ready = [GroupRef.of(Group(g, samples), i) for i, (g, samples) in enumerate(by_group.items())]
+    directory = take_cut(tmp_path, 1, ready=ready)
+    back = cut.read_ready(directory, cut.newest(tmp_path, "abc")[1])
+    assert [r.id for g in back for r in g.refs] == [r.id for g in ready for r in g.refs]
+    assert all(
+        np.array_equal(a.get().tokens, b.get().tokens)
+        for x, y in zip(ready, back, strict=True)
+        for a, b in zip(x.refs, y.refs, strict=True)
+    )
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        take_cut(tmp_path, step, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+
+
+def test_newest_goes_by_number_and_looks_at_cuts_only(tmp_path):
+    take_cut(tmp_path, 999_999)
+    take_cut(tmp_path, 1_000_000)
+    shutil.copytree(tmp_path / "step-999999", tmp_path / "step-999999-copy-of-mine")
+    assert cut.newest(tmp_path, "abc")[1].step == 1_000_000
+    take_cut(tmp_path, 1_000_001, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1000001", "step-999999-copy-of-mine"]
+
+
+def test_a_cut_of_the_same_step_is_replaced(tmp_path):
+    take_cut(tmp_path, 2, in_flight=[1])
+    take_cut(tmp_path, 2, in_flight=[5])
+    assert cut.newest(tmp_path, "abc")[1].in_flight == [5]
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_no_cut_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no complete cut: no step was saved .* Start the run anew"):
+        cut.newest(tmp_path, "abc")
+
+
+def test_a_cut_of_another_configuration_is_refused(tmp_path):
+    take_cut(tmp_path, 3, config_hash="other")
+    with pytest.raises(CheckpointError, match=r"step-000003 was written by another configuration \(hash other, config\.yaml has abc\)"):
+        cut.newest(tmp_path, "abc")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "weights truncated": lambda d: truncate(d / "models" / "policy" / "weights.bin"),
+    "weights flipped": lambda d: flip(d / "models" / "policy" / "weights.bin"),
+    "weights gone": lambda d: (d / "models" / "policy" / "weights.bin").unlink(),
+    "buffer flipped": lambda d: flip(d / "buffer.safetensors"),
+    "manifest truncated": lambda d: truncate(d / "manifest.json"),
+    "manifest gone": lambda d: (d / "manifest.json").unlink(),
+    "manifest empty": lambda d: (d / "manifest.json").write_text(""),
+    "manifest of another format": lambda d: (d / "manifest.json").write_text('{"format": "miles-cut-0"}'),
+    "manifest without a state": lambda d: (d / "manifest.json").write_text('{"format": "miles-cut-1", "files": {}}'),
+    "empty": lambda d: [shutil.rmtree(d), d.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cut_is_passed_over_and_named(tmp_path, damage):
+    take_cut(tmp_path, 2)
+    newer = take_cut(tmp_path, 3, ready=ready_groups())
+    DAMAGE[damage](newer)
+    found, read, passed_over = cut.newest(tmp_path, "abc")
+    assert read.step == 2 and weights_of(found) == WEIGHTS + b"2"
+    assert len(passed_over) == 1 and passed_over[0].startswith("step-000003 is damaged (")
+    if damage.startswith("weights"):
+        assert "models/policy/weights.bin" in passed_over[0]
+
+    shutil.rmtree(found)
+    with pytest.raises(CheckpointError, match=r"no complete cut: step-000003 is damaged"):
+        cut.newest(tmp_path, "abc")
+
+
+def test_a_damaged_newer_cut_does_not_push_out_the_good_ones(tmp_path):
+    """The run goes on from step 2; its next cuts are older by number than the damaged one."""
+    take_cut(tmp_path, 2)
+    truncate(take_cut(tmp_path, 9) / "models" / "policy" / "weights.bin")
+    take_cut(tmp_path, 3, keep=1)
+    assert cut.newest(tmp_path, "abc")[1].step == 3
+    assert not (tmp_path / "step-000002").exists()
+
+
+# ---- killed --------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it is done."""
+
+
+def boundaries(monkeypatch, kill_at):
+    """Count what ``commit`` does to the disk; die instead of the ``kill_at``-th thing."""
+    done = []
+
+    def watched(module, name):
+        function = getattr(module, name)
+
+        def call(*arguments, **options):
+            if len(done) == kill_at:
+                raise Killed
+            done.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((cut, "save_samples"), (cut, "_describe"), (json, "dump"), (os, "fsync"), (os, "replace"), (shutil, "rmtree")):
+        watched(module, name)
+    return done
+
+
+def test_killed_before_any_of_its_steps_the_cut_before_is_there(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        take_cut(whole, 1)
+        take_cut(whole, 2)
+        done = boundaries(patch, kill_at=-1)
+        take_cut(whole, 3, ready=ready_groups(), keep=2)
+    assert {"save_samples", "_describe", "dump", "fsync", "replace", "rmtree"} <= set(done)
+
+    outcomes = []
+    for kill_at in range(len(done)):
+        checkpoints = tmp_path / f"killed-{kill_at}"
+        take_cut(checkpoints, 1)
+        take_cut(checkpoints, 2)
+        with monkeypatch.context() as patch:
+            boundaries(patch, kill_at)
+            with pytest.raises(Killed):
+                take_cut(checkpoints, 3, ready=ready_groups(), keep=2)
+        found, read, passed_over = cut.newest(checkpoints, "abc")
+        assert weights_of(found) == WEIGHTS + str(read.step).encode()
+        assert len(cut.read_ready(found, read)) == len(read.ready)
+        if read.step == 2:
+            assert passed_over == ["step-000003.partial was not finished and was passed over"]
+        outcomes.append(read.step)
+
+        take_cut(checkpoints, 4, keep=2)  # the next life goes on, and clears up
+        assert cut.newest(checkpoints, "abc")[1:] == (state(4), [])
+        assert not list(checkpoints.glob("*.partial"))
+    assert outcomes == sorted(outcomes) and {2, 3} == set(outcomes)  # first the old one, from one moment on the new one
+
+
+def test_killed_in_the_middle_of_a_file(tmp_path, monkeypatch):
+    take_cut(tmp_path, 2)
+
+    def half(manifest, file, **options):
+        file.write(json.dumps(manifest)[:40])
+        file.flush()
+        raise Killed
+
+    dump = json.dumps
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", half)
+        with pytest.raises(Killed):
+            take_cut(tmp_path, 3)
+    assert dump is json.dumps
+    assert cut.newest(tmp_path, "abc")[1].step == 2
+
+
+def test_trainers_files_are_in_place_before_the_manifest(tmp_path, monkeypatch):
+    """The manifest is the last thing written: whatever it lists was there, with these bytes, before it."""
+    dump = json.dump
+
+    def look(manifest, file, **options):
+        directory = tmp_path / "step-000001.partial"
+        for name, described in manifest["files"].items():
+            assert (directory / name).stat().st_size == described["bytes"]
+        assert sorted(manifest["files"]) == ["buffer.safetensors", "models/policy/weights.bin"]
+        return dump(manifest, file, **options)
+
+    monkeypatch.setattr(json, "dump", look)
+    take_cut(tmp_path, 1, ready=ready_groups())
