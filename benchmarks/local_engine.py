@@ -2,10 +2,13 @@
 
     OMP_NUM_THREADS=1 uv run --locked python benchmarks/local_engine.py
 
-One thread, processor time of the whole process, taking turns. 16 samples a prompt, at most 64 new tokens. Two jobs: `ends` stops at the end
-of text, so that lengths differ as in a rollout (28 on average; only tokens up to the end count); `full` never stops, every sequence gets 64.
-The engine gets one request a sample, all at once, and returns logprobs and versions too; `generate` gets the whole batch, all prompts of one
-length (its best case: no mask), and returns tokens. Ratios are engine / generate: above 1 the engine wins.
+One thread, processor time of the whole process, taking turns. 16 samples a prompt, at most 64 new tokens. Two jobs:
+
+- `rollout`: prompts of 5 to 13 tokens; sequences stop at the end of text (after 28 tokens on average; only tokens up to it count).
+- `full`: all prompts of 9 tokens, no end of text, every sequence gets 64: nothing to pad, mask or compact, the best case of `generate`.
+
+The engine gets one request a sample, all at once, and returns logprobs and versions too; `generate` gets the batch (prompts padded on the
+left) and returns tokens. Ratios are engine / generate: above 1 the engine wins.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from miles_core.protocols import BuildContext, GenerateRequest, SamplingParams
 from miles_rollout.local.engine import LocalEngine
 from miles_rollout.plugins import LocalEngineConfig
 
-EOS, VOCABULARY, NEW_TOKENS, PROMPT_TOKENS, GROUP = 1, 38, 64, 9, 16
+PAD, EOS, VOCABULARY, NEW_TOKENS, GROUP = 0, 1, 38, 64, 16
+PROMPT_LENGTHS = {"rollout": (5, 13), "full": (9, 9)}
 
 
 def save_model(directory: Path, job: str) -> Path:
@@ -44,33 +48,35 @@ def save_model(directory: Path, job: str) -> Path:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.05,
-        pad_token_id=0,
-        eos_token_id=EOS if job == "ends" else None,
+        pad_token_id=PAD,
+        eos_token_id=EOS if job == "rollout" else None,
     )
     Qwen3ForCausalLM(config).save_pretrained(directory / job)
     return directory / job
 
 
-def prompts(batch: int) -> np.ndarray:
-    """int32 [batch, PROMPT_TOKENS], each prompt GROUP times."""
-    distinct = np.random.default_rng(0).integers(2, VOCABULARY, (batch // GROUP, PROMPT_TOKENS), dtype=np.int32)
-    return distinct.repeat(GROUP, axis=0)
+def prompts(job: str, batch: int) -> list[np.ndarray]:
+    """int32 [T] each, every prompt GROUP times."""
+    rng = np.random.default_rng(0)
+    least, most = PROMPT_LENGTHS[job]
+    distinct = [rng.integers(2, VOCABULARY, rng.integers(least, most + 1), dtype=np.int32) for _ in range(batch // GROUP)]
+    return [prompt for prompt in distinct for _ in range(GROUP)]
 
 
 class Sampling:
     """Both ways to sample a batch; each returns tokens per second of processor time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, job: str) -> None:
+        self.job = job
         context = BuildContext(run_dir=path, run="benchmark", seed=0, model_path=path)
         self.engine = LocalEngine(LocalEngineConfig(use="local"), context)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path).eval()
         self.loop = asyncio.new_event_loop()
-        self.ends = self.model.generation_config.eos_token_id is not None
         self.round = 0
 
     def local_engine(self, batch: int) -> float:
         self.round += 1
-        contexts, sampling = prompts(batch), SamplingParams(NEW_TOKENS)
+        contexts, sampling = prompts(self.job, batch), SamplingParams(NEW_TOKENS)
 
         async def one(index: int) -> int:
             session = f"{self.round}.{index}"
@@ -87,15 +93,17 @@ class Sampling:
     @torch.inference_mode()
     def generate(self, batch: int) -> float:
         self.round += 1
-        inputs = torch.from_numpy(prompts(batch).astype(np.int64))
+        contexts = prompts(self.job, batch)
+        width = max(map(len, contexts))
+        inputs = torch.from_numpy(np.stack([np.pad(c, (width - len(c), 0), constant_values=PAD) for c in contexts]).astype(np.int64))
         torch.manual_seed(self.round)
         began = time.process_time()
         output = self.model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
+            inputs, attention_mask=(inputs != PAD).long(), do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=PAD
         )
         seconds = time.process_time() - began
-        new = output[:, PROMPT_TOKENS:].numpy()
-        ended = (new == EOS) & self.ends
+        new = output[:, width:].numpy()
+        ended = (new == EOS) & (self.job == "rollout")
         lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, new.shape[1])
         return float(lengths.sum() / seconds)
 
@@ -112,8 +120,8 @@ def main() -> int:
     torch.set_num_threads(1)
     result: dict[str, object] = {"benchmark": "local_engine", **vars(args), "unit": "tokens per CPU-second", "new_tokens": NEW_TOKENS}
     with tempfile.TemporaryDirectory() as directory:
-        for job in ("ends", "full"):
-            ways = Sampling(save_model(Path(directory), job))
+        for job in PROMPT_LENGTHS:
+            ways = Sampling(save_model(Path(directory), job), job)
             for batch in args.batches:
                 rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate")}, args.repeats)
                 ratio = median_ratio(rates["local_engine"], rates["generate"])

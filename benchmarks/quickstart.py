@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
+
 from _machine import write_result
 
 

@@ -203,7 +203,7 @@ async def test_turns_run_only_new_tokens(
 
 async def test_a_context_that_does_not_extend_the_last(engine_of: Callable[..., Engine], model_path: Callable[[str], Path]) -> None:
     """Compacted, shortened or altogether different contexts in the same session."""
-    engine, reference = engine_of(), Reference(model_path("qwen3"))
+    engine, reference = engine_of("qwen3_moe"), Reference(model_path("qwen3_moe"))
     request = replace(ragged_requests(1)[0], tokens=np.arange(50, dtype=np.int32), sampling=SamplingParams(8))
     contexts = [
         np.arange(50),
@@ -217,6 +217,7 @@ async def test_a_context_that_does_not_extend_the_last(engine_of: Callable[..., 
         request = replace(request, tokens=context.astype(np.int32))
         generation = await engine.generate(request)
         check(request, generation, reference.logits(sequence(request, generation)))
+        np.testing.assert_array_equal(generation.routing, reference.routing(sequence(request, generation))[:-1])
     await engine.close()
 
 

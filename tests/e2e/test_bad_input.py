@@ -75,7 +75,9 @@ def test_malformed_data_names_file_and_line(miles, lines, expected):
     ],
 )
 def test_a_bad_reward_names_the_sample_and_keeps_what_was_learned(miles, body, expected):
-    Path("my_rewards.py").write_text(f"CALLS = 0\ndef mine(sample):\n    global CALLS\n    CALLS += 1\n    if CALLS < 20: return 0.5\n    {body}\n")
+    Path("my_rewards.py").write_text(
+        f"CALLS = 0\ndef mine(sample):\n    global CALLS\n    CALLS += 1\n    if CALLS < 20: return 0.5\n    {body}\n"
+    )
     said = miles("run", "mini.yaml", "stages.rl.rewards.mine.use=my_rewards:mine", "stages.rl.rewards.mine.timeout_s=0.2")
     assert said.code == 1
     for piece in [*expected, "policy/e0-train", "miles resume runs/mini"]:

@@ -65,7 +65,7 @@ def test_trajectories_hold_what_was_trained(miles):
 def test_a_run_that_stops_and_resumes_equals_one_that_does_not(miles):
     """Same curve: on one machine, with one thread count, the schedule of a synchronous run is the same."""
     assert miles("run", "mini.yaml", "name=whole").code == 0
-    write_stopper()
+    Path("stopper.py").write_text(STOPPER)
     said = miles("run", "mini.yaml", "name=parts", "hooks.stop.use=stopper:StopAtFour")
     assert said.code == 130 and "miles resume runs/parts" in said.out
     assert miles("resume", "runs/parts").code == 0
@@ -76,11 +76,15 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not(miles):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def write_stopper() -> None:
-    Path("stopper.py").write_text(
-        "from pathlib import Path\n\nclass StopAtFour:\n    def after_publish(self, loop):\n"
-        "        if loop.version == 4 and not Path('stopped').exists():\n            Path('stopped').touch()\n            loop.request_stop()\n"
-    )
+STOPPER = """
+from pathlib import Path
+
+class StopAtFour:
+    def after_publish(self, loop):
+        if loop.version == 4 and not Path("stopped").exists():
+            Path("stopped").touch()
+            loop.request_stop()
+"""
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(miles):
@@ -89,14 +93,23 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(miles):
     recipe.write_text(recipe.read_text().replace("steps: 3", "steps: 2000"))
     environment = os.environ | {"COLUMNS": "200"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "miles_core.cli", "run", "mini.yaml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "miles_core.cli", "run", "mini.yaml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     metrics = Path("runs/mini/metrics.jsonl")
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 6):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    until = time.monotonic() + 200
+    try:
+        while (
+            process.poll() is None and time.monotonic() < until and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 6)
+        ):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     done = rows_of(Path("runs/mini"))[-1]["step"]
     assert f"Stopped after step {done}" in " ".join(out.split()) and "miles resume runs/mini" in " ".join(out.split())

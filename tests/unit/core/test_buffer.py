@@ -203,7 +203,9 @@ async def test_a_failure_reaches_who_takes_now_and_who_takes_later():
 
 async def test_a_filter_that_drops_everything_ends_the_run_with_the_counts():
     buffer = Buffer(2, 0, 10)
-    with pytest.raises(RunError, match=r"101 of 101 groups were dropped \(uniform: 100, too long: 1\)\. Relax the filter or change the data"):
+    with pytest.raises(
+        RunError, match=r"101 of 101 groups were dropped \(uniform: 100, too long: 1\)\. Relax the filter or change the data"
+    ):
         for n in range(1000):
             await buffer.drop("too long" if n == 0 else "uniform", await now(buffer.admit()))
 

@@ -215,10 +215,15 @@ def test_the_tree_does_not_change_after_validation(recipe):
 
 EVERYTHING = (
     BASE.replace("lr: 1e-4", "lr: 1e-4\n      betas: [0.8, 0.9]\n      max_grad_norm: .inf")
-    .replace('rollout: {use: ":play"}', "rollout: {use: trajectories, sampling: {max_tokens: 4}, generate: GENERATE, environment: ENVIRONMENT}")
+    .replace(
+        'rollout: {use: ":play"}', "rollout: {use: trajectories, sampling: {max_tokens: 4}, generate: GENERATE, environment: ENVIRONMENT}"
+    )
     .replace("GENERATE", '{use: ":one", turns: null}')
     .replace("ENVIRONMENT", '{use: ":World", seed: 3}')
-    .replace("    path: somewhere\n", "    config: {model_type: qwen3, eps: 1e-6, eos_token_id: null}\n    tokenizer: {kind: words, words: [a]}\n")
+    .replace(
+        "    path: somewhere\n",
+        "    config: {model_type: qwen3, eps: 1e-6, eos_token_id: null}\n    tokenizer: {kind: words, words: [a]}\n",
+    )
     .replace("trackers: {}", 'trackers: {p: {use: ":Printer", every: 2}}\nhooks: {w: {use: ":Watch"}}')
     + """\
 rewards: {short: {use: ":brevity", limit: null, weight: 1e-3}}
@@ -293,7 +298,9 @@ def test_a_resumed_run_finds_the_plugins_that_lie_beside_its_recipe(tmp_path, mo
     sys.modules.pop("rewards_beside_recipe")
 
 
-@pytest.mark.parametrize(("text", "expected"), [(None, "no run directory"), ("a: [", "not valid YAML"), ("[]", "list"), ("seed: x", "seed")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, "no run directory"), ("a: [", "not valid YAML"), ("[]", "list"), ("seed: x", "seed")]
+)
 def test_a_run_whose_config_cannot_be_read(tmp_path, text, expected):
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
@@ -306,4 +313,8 @@ def test_config_yaml_holds_the_defaults_too(recipe):
     """Defaults of a later version must not change a run that is resumed."""
     data = yaml.safe_load(resolve(recipe(BASE)).to_yaml())
     stage = data["stages"]["main"]
-    assert stage["max_staleness"] == 0 and stage["deadlines"]["group"] == 900.0 and stage["models"]["policy"]["trainer"]["max_grad_norm"] == 1.0
+    assert (
+        stage["max_staleness"] == 0
+        and stage["deadlines"]["group"] == 900.0
+        and stage["models"]["policy"]["trainer"]["max_grad_norm"] == 1.0
+    )

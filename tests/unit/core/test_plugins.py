@@ -411,7 +411,7 @@ def test_inherited_methods_count() -> None:
     class Child(Base):
         def close(self) -> None: ...
 
-    check_protocol(Child(), POINTS["tracker"], "tracker")
+    check_protocol(Child(), POINTS["tracker"].protocol, "tracker", "tracker")
 
 
 # ---- in a recipe ----------------------------------------------------------------------------------------------------

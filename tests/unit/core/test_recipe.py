@@ -93,7 +93,9 @@ def test_without_a_name_a_recipe_is_called_like_its_file(recipe):
 
 
 def test_a_recipe_says_what_differs_from_the_one_it_extends(recipe, tmp_path):
-    path = recipe(base="steps: 3\ndata: {use: jsonl, path: a.jsonl}\ngroups: 2\n", child="extends: base.yaml\nsteps: 5\ndata: {path: b.jsonl}\n")
+    path = recipe(
+        base="steps: 3\ndata: {use: jsonl, path: a.jsonl}\ngroups: 2\n", child="extends: base.yaml\nsteps: 5\ndata: {path: b.jsonl}\n"
+    )
     read = load_recipe(path)
     assert read.data == {"steps": 5, "groups": 2, "data": {"use": "jsonl", "path": "b.jsonl"}, "name": "child"}
     assert read.origin(("steps",)) == f"{tmp_path}/child.yaml:2"

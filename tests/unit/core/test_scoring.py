@@ -70,7 +70,14 @@ async def test_a_sample_reward_may_be_any_callable(function):
 
 
 @pytest.mark.parametrize(
-    "given", [[1.0, 2, True], (1.0, 2, True), np.array([1, 2, 1]), np.array([1.0, 2.0, 1.0], np.float32), [np.float32(1), np.int64(2), np.bool_(True)]]
+    "given",
+    [
+        [1.0, 2, True],
+        (1.0, 2, True),
+        np.array([1, 2, 1]),
+        np.array([1.0, 2.0, 1.0], np.float32),
+        [np.float32(1), np.int64(2), np.bool_(True)],
+    ],
 )
 @pytest.mark.parametrize("unit", ["group", "batch"])
 async def test_group_and_batch_rewards_give_one_number_for_each(unit, given):
@@ -238,7 +245,9 @@ async def test_a_group_reward_of_another_length_says_what_was_expected(given, fo
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize(("unit", "subject"), [("sample", r"sample policy/g0/t\d\.b0@0"), ("group", r"sample policy/g0/t0\.b0@0 and 1 more")])
+@pytest.mark.parametrize(
+    ("unit", "subject"), [("sample", r"sample policy/g0/t\d\.b0@0"), ("group", r"sample policy/g0/t0\.b0@0 and 1 more")]
+)
 async def test_an_exception_names_reward_sample_and_cause(unit, subject, is_async):
     function = sync_and_async(lambda argument: 1 / 0)[is_async]
     with pytest.raises(RunError, match=rf"^reward 'mine' of {subject} failed: ZeroDivisionError: division by zero$") as found:
@@ -254,7 +263,9 @@ async def test_a_reward_that_takes_too_long_is_given_up(is_async):
         await asyncio.Event().wait()
 
     function = later if is_async else lambda sample: release.wait(60)
-    with pytest.raises(RunError, match=r"reward 'mine' of sample policy/g0/t0.* waited 0\.05 s for its function\. Raise the reward's timeout_s"):
+    with pytest.raises(
+        RunError, match=r"reward 'mine' of sample policy/g0/t0.* waited 0\.05 s for its function\. Raise the reward's timeout_s"
+    ):
         await scorer(mine=reward(function, timeout_s=0.05)).score_group(group(1))
     release.set()
     assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import cut
 from .buffer import Buffer
@@ -18,7 +18,7 @@ from .loop import Loop
 from .models import materialize
 from .observer import Observer
 from .producer import Producer
-from .protocols import BuildContext, DataSource, Players, RolloutEngine, Tracker, Trainer
+from .protocols import BuildContext, DataSource, Players, RolloutEngine, Tokenizer, Tracker, Trainer
 from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
@@ -46,7 +46,7 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     base = BuildContext(run_dir.path, config.name, config.seed, device=device_of(config), total_steps=stage.steps, stage=stage)
     data: DataSource = stage.data.build(base)
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
-    tokenizers = {name: load_tokenizer(paths[name]) for name in stage.models}
+    tokenizers = {name: cast("Tokenizer", load_tokenizer(paths[name])) for name in stage.models}
     contexts = {name: replace(base, model=name, model_path=paths[name], tokenizer=tokenizers[name]) for name in stage.models}
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
     if origin.directory is not None:

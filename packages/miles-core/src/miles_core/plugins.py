@@ -27,6 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, 
 
 from . import protocols
 from .errors import MilesError, PluginError
+from .protocol_check import check_protocol
 from .protocols import BuildContext
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,7 +78,7 @@ class PluginConfig(BaseModel):
         if point.per_use:
             return factory(target, self.options(), point, origin)
         built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
-        check_protocol(built, point, origin)
+        check_protocol(built, point.protocol, point.name, origin)
         return built
 
 
@@ -284,7 +285,7 @@ class _PlainConfig:
                 if point.per_use:
                     return factory(obj, self.options(), point, origin)
                 built = obj(**self.options()) if inspect.isclass(obj) else functools.partial(obj, **self.options())
-                check_protocol(built, point, origin)
+                check_protocol(built, point.protocol, point.name, origin)
                 return built
 
         return Plain
@@ -294,7 +295,7 @@ def factory(obj: Any, options: dict[str, Any], point: Point, origin: str) -> Cal
     """Makes a new one for each use, from a class that keeps the point's Protocol."""
     if not inspect.isclass(obj):
         raise PluginError(f"{origin} is a {type(obj).__name__}; expected a class, an instance is made for each use")
-    check_protocol(obj, point, origin)
+    check_protocol(obj, point.protocol, point.name, origin)
     return functools.partial(obj, **options)
 
 
@@ -321,39 +322,6 @@ EXTRAS = {
     "megatron": "miles-train[megatron]",
 }
 """Which extra brings a module; a missing one becomes a sentence that names it."""
-
-
-def check_protocol(obj: Any, point: Point, origin: str) -> None:
-    """Raise a PluginError that says what is missing if ``obj`` does not keep the point's Protocol.
-
-    Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (a sync function
-    may stand for a Reward's and vice versa).
-    """
-    members = {
-        n: m for c in point.protocol.__mro__ for n, m in vars(c).items() if inspect.isfunction(m) and c.__module__ == protocols.__name__
-    }
-    for name, wanted in members.items():
-        if name.startswith("_") and name not in ("__call__", "__len__", "__getitem__"):
-            continue
-        arguments = [p for p in inspect.signature(wanted).parameters.values() if p.name != "self"]
-        signature = f"{'async ' if inspect.iscoroutinefunction(wanted) else ''}{name}({', '.join(p.name for p in arguments)})"
-        method = obj if name == "__call__" and not inspect.isclass(obj) else getattr(obj, name, None)
-        if not callable(method):
-            raise PluginError(f"{origin} has no {signature}, which every {point.name} has. Add it; see miles_core.protocols.")
-        function = method.func if isinstance(method, functools.partial) else method
-        if not inspect.isroutine(function) and not inspect.isclass(function):
-            function = function.__call__
-        if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(wanted) and point.name != "reward":
-            raise PluginError(
-                f"{origin}: {name} must be {'async' if inspect.iscoroutinefunction(wanted) else 'a plain function'}: {signature}"
-            )
-        unbound = inspect.isclass(obj)
-        try:
-            inspect.signature(method).bind(*([None] if unbound else []), *(None for p in arguments if p.kind is not p.KEYWORD_ONLY))
-        except TypeError as error:
-            raise PluginError(f"{origin}: {name}{inspect.signature(method)} cannot be called as {signature}: {error}") from None
-        except ValueError:
-            continue  # built-in without a signature
 
 
 def plug(point: str) -> Any:

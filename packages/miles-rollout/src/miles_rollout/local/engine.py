@@ -196,6 +196,8 @@ class LocalEngine:
         self._fail_all(InfrastructureFailure("the engine was closed"))
         await self._in_worker(self._scheduler.reset)
         self._worker.shutdown()
+        self._weights.views.clear()
+        self._model.hf.to("meta")  # gives the weights' memory back, whoever still holds the engine
 
 
 def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:

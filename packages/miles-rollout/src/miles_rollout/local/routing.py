@@ -23,10 +23,8 @@ def find_routers(model: PreTrainedModel) -> list[nn.Module]:
         ConfigError: It has experts but declares no routers.
     """
     declared = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits", [])
-    classes = tuple(
-        recorder if isinstance(recorder, type) else recorder.target_class
-        for recorder in (declared if isinstance(declared, list) else [declared])
-    )
+    recorders = declared if isinstance(declared, list) else [declared]
+    classes = tuple(c for r in recorders if isinstance(c := getattr(r, "target_class", r), type))
     routers = [module for module in model.modules() if isinstance(module, classes)]
     if not routers and experts(model) > 1:
         raise ConfigError(

@@ -1,0 +1,48 @@
+"""What the loop asks of its parts. A part is any object with these methods; nothing is inherited.
+
+Shapes: T tokens of one sample, N rows and S samples of a packed Batch, L MoE layers, K experts a token, V vocabulary.
+"Raises MilesError" means: a sentence for the user, the run stops. ``InfrastructureFailure`` means: issue it again.
+"""
+
+from .algorithms import Advantage, AdvantageInputs, Aggregation, Loss, LossInputs, LossOutputs
+from .data import DataSource, Passage, Prompt, Tokenizer
+from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, WeightSink, WeightSource, WeightTransport
+from .rollout import Environment, Generate, GroupFilter, Observation, Players, Reward, Rollout, RolloutContext, SampleFilter, Trajectory
+from .surroundings import BuildContext, Evaluation, Evaluator, Tracker
+from .training import StepReport, Trainer
+
+__all__ = [
+    "Advantage",
+    "AdvantageInputs",
+    "Aggregation",
+    "BuildContext",
+    "DataSource",
+    "Environment",
+    "Evaluation",
+    "Evaluator",
+    "Generate",
+    "GenerateRequest",
+    "Generation",
+    "GroupFilter",
+    "Loss",
+    "LossInputs",
+    "LossOutputs",
+    "Observation",
+    "Passage",
+    "Players",
+    "Prompt",
+    "Reward",
+    "Rollout",
+    "RolloutContext",
+    "RolloutEngine",
+    "SampleFilter",
+    "SamplingParams",
+    "StepReport",
+    "Tokenizer",
+    "Tracker",
+    "Trainer",
+    "Trajectory",
+    "WeightSink",
+    "WeightSource",
+    "WeightTransport",
+]

@@ -1,0 +1,137 @@
+"""Engines that sample tokens, and the weights that reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from ..sample import SamplingSpan
+
+if TYPE_CHECKING:  # torch is an extra; protocols only name its Tensor
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 leave the support unrestricted; temperature 0 is greedy.
+
+    Attributes:
+        max_tokens: Most tokens one call may generate.
+        stop: Texts that end generation once they appear in what was generated (they stay part of it).
+        stop_token_ids: Ids that end generation (they stay part of it); the end-of-text id is always one.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def span(self, start: int, end: int) -> SamplingSpan:
+        """The record of these settings on a Sample."""
+        return SamplingSpan(start, end, self.temperature, self.top_p, self.top_k, self.min_p)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Continue a token sequence.
+
+    Attributes:
+        session: The trajectory's name; an engine may keep its KV cache under it until ``release``.
+        tokens: int32 [T], the WHOLE context, T ≥ 1: earlier turns and injected tokens included.
+        sampling: How to draw.
+        key: 64-bit randomness key; the token at index t is drawn with ``uniform(key, t)``.
+        routing_start: Routing rows before this one are already recorded and not wanted again.
+    """
+
+    session: str
+    tokens: np.ndarray
+    sampling: SamplingParams
+    key: int
+    routing_start: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was sampled after ``request.tokens``.
+
+    Attributes:
+        tokens: int32 [n].
+        logprobs: float32 [n], under the distribution each was sampled from (temperature and support applied).
+        versions: int32 [n], weight version that sampled each.
+        finish: ``stop`` (end of text, a stop id or text), ``length`` (max_tokens or the context limit), ``abort``.
+        routing: uint8 / uint16 [T + n − 1 − routing_start, L, K], or None for dense models; row r belongs to the token at index
+            ``routing_start + r`` as an input.
+        support: For each sampled token the ids it could be drawn from, where sampling was restricted; else None.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    finish: Literal["stop", "length", "abort"]
+    routing: np.ndarray | None = None
+    support: list[list[int]] | None = None
+
+
+class WeightSource(Protocol):
+    """Gives weights: a trainer."""
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor) of every weight, in a fixed order, in the dtype the forward pass uses. Tied weights once."""
+        ...
+
+
+class WeightSink(Protocol):
+    """Takes weights: an engine."""
+
+    version: int
+    """Version of the weights it serves."""
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights in place; tokens sampled from here on carry ``version``.
+
+        Raises:
+            DataError: A name is unknown or missing, or a shape or dtype does not fit; nothing was changed.
+        """
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What it now holds, by the names of ``update_weights``."""
+        ...
+
+
+class WeightTransport(Protocol):
+    """Carries weights from a trainer to engines and proves that they arrived."""
+
+    async def publish(self, source: WeightSource, sinks: list[Any], version: int) -> dict[str, float]:
+        """Give every sink the source's weights as ``version``, verify, and return metrics (bytes, seconds).
+
+        Raises RunError naming the sink when what it holds differs from what was sent.
+        """
+        ...
+
+
+class RolloutEngine(WeightSink, Protocol):
+    """Samples tokens from a policy. Calls run concurrently; the engine batches them."""
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample a continuation.
+
+        Raises:
+            DataError: A token id is outside the vocabulary, the context is empty, or it is longer than the engine takes.
+            InfrastructureFailure: The engine died; the trajectory is issued again.
+        """
+        ...
+
+    async def release(self, session: str) -> None:
+        """Forget a session's cache. Unknown sessions are fine."""
+        ...
+
+    async def close(self) -> None:
+        """Stop; processes, threads and memory are gone afterwards."""
+        ...

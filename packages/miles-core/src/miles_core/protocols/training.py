@@ -1,0 +1,61 @@
+"""Trainers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .engine import WeightSource
+
+if TYPE_CHECKING:
+    from ..batch import Batch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one call of ``Trainer.step`` did.
+
+    Attributes:
+        metrics: By name: loss, grad_norm, lr, entropy, clip_fraction, mismatch …
+        optimizer_steps: How many optimizer steps were taken.
+    """
+
+    metrics: dict[str, float]
+    optimizer_steps: int
+
+
+class Trainer(WeightSource, Protocol):
+    """Holds a model's weights and optimizer. One call at a time."""
+
+    version: int
+    """Version of the weights it holds; set by the loop after each publish."""
+
+    async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
+        """The batch with the columns added that this model is asked for (``old_logprobs``, ``ref_logprobs``, ``values`` …), rolled."""
+        ...
+
+    async def step(self, batch: Batch) -> StepReport:
+        """Train on ``batch.optimizer_steps()`` in order.
+
+        Raises:
+            DataError: A token id is outside the vocabulary (names the sample).
+            RunError: Loss or gradient is not finite; the weights are those before the step.
+        """
+        ...
+
+    async def save(self, directory: Path) -> None:
+        """Write everything ``load`` needs to go on exactly (weights, optimizer, schedule) into an empty directory."""
+        ...
+
+    async def load(self, directory: Path) -> None:
+        """Go on from what ``save`` wrote. Raises CheckpointError when it does not fit."""
+        ...
+
+    async def export(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face directory (config, safetensors, tokenizer)."""
+        ...
+
+    async def close(self) -> None:
+        """Give memory and processes back."""
+        ...
