@@ -40,6 +40,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY | {"model_type": "llama"},
     # Logits are scaled, and positions are learned: nothing of the kind may get lost.
     "granite": TINY | {"model_type": "granite", "logits_scaling": 3.0, "attention_multiplier": 0.3},
+    # Keys and values differ in size, and routing is by biased groups.
+    "deepseek_v3": MOE
+    | {"model_type": "deepseek_v3", "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 8},
     "gpt2": {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
     | {name: TINY[name] for name in ("initializer_range", "eos_token_id", "bos_token_id", "pad_token_id")},
 }
@@ -243,6 +247,24 @@ async def test_a_prompt_that_waits_several_times_is_prefilled_once(
     for request, generation in zip(requests, generations, strict=True):
         tokens = sequence(request, generation)
         check(request, generation, reference.logits(tokens))
+        np.testing.assert_array_equal(generation.routing, reference.routing(tokens)[:-1])
+    await engine.close()
+
+
+async def test_prefill_in_pieces_up_to_the_context_limit(
+    engine_of: Callable[..., Engine], model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts longer than a prefill pass takes, beside short ones, and so long that only a few positions are left."""
+    monkeypatch.setattr("miles_rollout.local.scheduler.PREFILL_TOKENS", 100)
+    engine, reference = engine_of("qwen3_moe"), Reference(model_path("qwen3_moe"))
+    rng = np.random.default_rng(8)
+    lengths = [255, 254, 3, 250, 120, 119, 1, 30, 2, 200]
+    contexts = [rng.integers(0, VOCABULARY, length).astype(np.int32) for length in lengths]
+    requests = [GenerateRequest(f"{i}", context, SamplingParams(8), key=i) for i, context in enumerate(contexts)]
+    for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
+        tokens = sequence(request, generation)
+        check(request, generation, reference.logits(tokens))
+        assert len(generation.tokens) == min(8, 256 - len(request.tokens)) and generation.finish == "length"
         np.testing.assert_array_equal(generation.routing, reference.routing(tokens)[:-1])
     await engine.close()
 

@@ -110,7 +110,7 @@ def life(directory, failures, *, seed=0, max_staleness=0, policies=("policy",), 
     rng = random.Random(seed)
     models = dict.fromkeys(policies, POLICY)
     given = {"steps": STEPS, "groups": GROUPS, "models": models, "data": HERE + "rows", "rollout": HERE + "play"}
-    stage = StageConfig.model_validate(given | {"every": {"checkpoint": 2, "evaluate": 2, "trajectories": 0}})
+    stage = StageConfig.model_validate(given | {"every": {"checkpoint": 2, "evaluate": 2, "trajectories": 0}, "deadlines": {"rollout": 10}})
     run_dir = RunDir(directory)
     run_dir.checkpoints.mkdir(exist_ok=True, parents=True)
     diaries = {p: Diary(failures, rng) for p in policies}
@@ -249,3 +249,27 @@ async def test_metrics_hold_the_rewards_of_the_batch_and_each_policy_under_its_n
     assert len(found) == STEPS and {row["reward"] for row in found} == {0.5 + 20.0}
     assert {"doctor/loss", "patient/loss"} <= found[0].keys() and "loss" not in found[0]
     assert found[-1]["eval/e/avg@1"] == 0.5
+
+
+async def test_weights_are_exported_all_or_none(tmp_path):
+    """A run whose last export was cut short is not finished: the directory is not there, or as it was."""
+    from miles_core.run import export
+
+    class Exporter:
+        def __init__(self, text, fails=False):
+            self.text, self.fails = text, fails
+
+        async def export(self, directory):
+            directory.mkdir()
+            (directory / "config.json").write_text(self.text)
+            if self.fails:
+                raise OSError("no space left")
+
+    final = tmp_path / "final"
+    with pytest.raises(OSError, match="no space left"):
+        await export({"a": Exporter("1"), "b": Exporter("1", fails=True)}, final)
+    assert not final.exists()
+    for text in ("2", "3"):
+        await export({"a": Exporter(text), "b": Exporter(text)}, final)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
+        assert [(final / n / "config.json").read_text() for n in ("a", "b")] == [text, text]

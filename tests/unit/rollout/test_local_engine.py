@@ -111,8 +111,12 @@ async def test_end_of_text_ids_of_the_generation_config(tiny: Any, tmp_path: Pat
         (replace(request("who"), tokens=np.zeros(0, np.int32)), r"'who'.*empty"),
         (replace(request("who"), tokens=np.zeros(3, np.int64)), r"'who'.*int32"),
         (request("who", [3] * 128), r"'who'.*128 tokens.*no room.*128"),
-        (request("who", max_tokens=0), r"'who'.*max_tokens"),
-        (request("who", stop=("x", "")), r"'who'.*stop texts"),
+        (request("who", max_tokens=0), r"'who'.*out of range.*max_tokens=0"),
+        (request("who", stop=("x", "")), r"'who'.*out of range.*stop=\('x', ''\)"),
+        (request("who", temperature=-1.0), r"'who'.*out of range.*temperature=-1"),
+        (request("who", top_p=0.0), r"'who'.*out of range.*top_p=0"),
+        (request("who", key=-1), r"'who'.*out of range.*key=-1"),
+        (replace(request("who"), routing_start=4), r"'who'.*out of range.*routing_start=4"),
     ],
 )
 async def test_bad_requests_are_refused_and_harm_nobody(bad: GenerateRequest, message: str, tiny: Any):
@@ -162,6 +166,9 @@ SMALL = {
     [
         ("mistral", {"sliding_window": 8}, "not full attention.*DynamicSlidingWindowLayer"),
         ("mamba", {"state_size": 4, "head_dim": None, "num_key_value_heads": None}, "not full attention|Mamba"),
+        ("bert", {"is_decoder": False}, "gives other logits than by itself"),  # sees tokens to come
+        ("bloom", {}, "does not run with its cache in slots"),  # makes its biases from a mask of padding
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "does not return the experts it chose"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' rotary positions"),
     ],
 )
@@ -170,7 +177,7 @@ def test_models_whose_numbers_would_be_wrong_are_refused(
 ):
     given = {name: value for name, value in (SMALL | fields).items() if value is not None}
     with pytest.raises(ConfigError, match=message):
-        tiny.engine(tiny.context(model_path=save_model(model_type, **given), tokenizer=None))
+        tiny.engine(tiny.context(model_path=save_model(model_type, **given), tokenizer=None), max_length=64)
 
 
 def test_a_directory_without_a_model(tiny: Any, tmp_path: Path):

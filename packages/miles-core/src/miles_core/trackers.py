@@ -15,19 +15,18 @@ Row = Mapping[str, float | int | str]
 
 
 class JsonlTracker:
-    """One JSON object a line, flushed at once, so that a run can be followed and survives a kill."""
+    """One JSON object a line, written at once, so that a run can be followed and survives a kill."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        self._path = path
 
     def log(self, step: int, metrics: Row) -> None:
-        """Append ``{"step": step, …}``."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Append ``{"step": step, …}``; the first row makes the file."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is open between rows."""
 
 
 class TensorBoard(PluginConfig):

@@ -110,8 +110,8 @@ class LocalEngine:
         if len(outside):
             index = int(outside[0])
             raise DataError(f"{who}: token {tokens[index]} at index {index} is outside the vocabulary of {self._model.vocab_size}")
-        if request.sampling.max_tokens < 1 or "" in request.sampling.stop:
-            raise DataError(f"{who}: max_tokens must be at least 1 and stop texts must not be empty; found {request.sampling}")
+        if not _in_range(request):
+            raise DataError(f"{who}: sampling settings, key or routing_start are out of range in {request}")
 
     def _post(self, message: Call | Release) -> None:
         """To the serving task, which takes messages in order."""
@@ -198,6 +198,14 @@ class LocalEngine:
         self._worker.shutdown()
         self._weights.views.clear()
         self._model.hf.to("meta")  # gives the weights' memory back, whoever still holds the engine
+
+
+def _in_range(request: GenerateRequest) -> bool:
+    s = request.sampling
+    drawn = (s.temperature == 0 or 1e-4 <= s.temperature < 1e4) and 0 < s.top_p <= 1 and s.top_k >= 0 and 0 <= s.min_p <= 1
+    return (
+        drawn and s.max_tokens >= 1 and "" not in s.stop and 0 <= request.key < 2**64 and 0 <= request.routing_start <= len(request.tokens)
+    )
 
 
 def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from miles_core.errors import ConfigError
+from miles_core.errors import ConfigError, MilesError
 
 from . import attention
 from .cache import Aim, SlotCache
 from .routing import RoutingRecorder
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest mean difference from the model's own logits, in standard deviations of these. Rounding is far below; a wrong mask or
-position far above. (A bfloat16 router may choose another expert now and then.)"""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.3}
+"""Largest mean difference from the model's own logits, in standard deviations of these. Wrong masks or positions give 0.5 and more,
+rounding in float32 less than 1e-5. In half precision a router may choose another expert (up to 0.3 in deep untrained models), so that
+only gross errors are found there."""
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -69,7 +70,7 @@ class SlotModel:
         self._seen = torch.zeros((), dtype=model.dtype, device=self.device)
         self._unseen = torch.full_like(self._seen, torch.finfo(model.dtype).min)
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0][self._wanted, -1:],))  # lm_head only where asked for
-        self._check_against(own, tokens, name)
+        self._check_against(own, tokens)
         self.new_cache()
 
     def new_cache(self) -> SlotCache:
@@ -114,24 +115,37 @@ class SlotModel:
 
     @torch.inference_mode()
     def _own_logits(self, tokens: np.ndarray) -> Tensor:
-        """[n, V] after the last column, by the model as transformers runs it."""
-        return self.hf(input_ids=self._tensor(tokens), use_cache=False).logits[:, -1]
+        """[n, S, V] by the model as transformers runs it."""
+        return self.hf(input_ids=self._tensor(tokens), use_cache=False).logits
 
-    def _check_against(self, own: Tensor, tokens: np.ndarray, name: str) -> None:
-        """Prefill two rows, the second with three tokens too many; run the rest token by token from 7 and 4 on; compare."""
-        n, length = tokens.shape
-        self.cache.grow(n, length)
-        rows, logits = np.arange(n), own
-        self.forward(rows, tokens[:, :7], np.tile(np.arange(7), (n, 1)), rows[:0])
-        for step in range(length - 4):
-            positions = np.minimum([[7 + step], [4 + step]], length - 1)  # the first row ends early: its last token is run again
-            logits, _ = self.forward(rows, np.take_along_axis(tokens, positions, 1), positions, rows)
-        error, spread = float((logits.float() - own.float()).abs().mean()), float(own.float().std())
+    def _check_against(self, own: Tensor, tokens: np.ndarray) -> None:
+        """Raise a ConfigError unless the logits, one token after another, are the model's own, [2, S, V]."""
+        name = type(self.hf).__name__
+        try:
+            differences = self._differences(own, tokens)
+        except MilesError:
+            raise
+        except Exception as error:  # whatever a model does with positions, masks or caches of a form it does not know
+            sentence = f"{name} does not run with its cache in slots ({type(error).__name__}: {error}). Use another engine for it."
+            raise ConfigError(sentence) from error
+        error, spread = float(differences.mean()), float(own.float().std())
         if not error <= TOLERANCE[self.hf.dtype] * spread:
             raise ConfigError(
                 f"with its cache in slots {name} gives other logits than by itself (mean difference {error:.2g}, standard deviation "
                 f"{spread:.2g}): it treats positions or masks in a way that the local engine does not know. Use another engine for it."
             )
+
+    def _differences(self, own: Tensor, tokens: np.ndarray) -> Tensor:
+        """Prefill two rows, the second with three tokens too many, then go on from 7 and 4 one by one."""
+        n, length = tokens.shape
+        self.cache.grow(n, length)
+        rows, differences = np.arange(n), []
+        self.forward(rows, tokens[:, :7], np.tile(np.arange(7), (n, 1)), rows[:0])
+        for step in range(length - 4):
+            positions = np.minimum([[7 + step], [4 + step]], length - 1)  # the first row ends early: its last token is run again
+            logits, _ = self.forward(rows, np.take_along_axis(tokens, positions, 1), positions, rows)
+            differences.append((logits.float() - own[rows, positions[:, 0]].float()).abs())
+        return torch.stack(differences)
 
 
 def _check_layers(config: PreTrainedConfig, name: str) -> None:
