@@ -442,3 +442,12 @@ def test_a_recipe_that_names_nothing(install: Install) -> None:
         Recipe.model_validate({"reward": {"use": "brevity", "limt": 3}})
     with pytest.raises(PluginError, match="no reward is called 'brevit'"):
         Recipe.model_validate({"reward": "brevit"})
+
+
+def test_a_library_that_is_missing_when_the_plugin_is_built_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default tracker imports tensorboard only when it is built."""
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)  # import machinery: as if it were not installed
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config = config_class("tracker", "tensorboard").model_validate({"use": "tensorboard"})
+    with pytest.raises(PluginError, match=r"tensorboard.*miles-core\[report\]"):
+        config.build(BuildContext(tmp_path, "run", 0))

@@ -77,7 +77,10 @@ class PluginConfig(BaseModel):
             raise PluginError(f"{origin} does not import: {_import_advice(error)}") from error
         if point.per_use:
             return factory(target, self.options(), point, origin)
-        built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
+        try:
+            built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
+        except ModuleNotFoundError as error:  # a library that the target imports only now
+            raise PluginError(f"{origin} cannot be built: {_import_advice(error)}") from error
         check_protocol(built, point.protocol, point.name, origin)
         return built
 
