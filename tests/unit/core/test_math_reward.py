@@ -52,7 +52,8 @@ def reward():
         ("24\n####", "24", 0.0),
         ("The answer is $25$: \\boxed{24}, not 26.", 24, 1.0),
         ("\\boxed{24} or \\boxed{25}", 24, 0.0),
-        ("I think 23. The answer is 24.", 24.0, 1.0),
+        ("I think 23. The answer is 24.", 24.0, 0.0),  # not marked
+        ("<<2<<<<4<<<<24<<<<", 24, 0.0),
         ("no idea", "24", 0.0),
         ("", "24", 0.0),
         ("<call> <<", "24", 0.0),
@@ -60,6 +61,13 @@ def reward():
 )
 async def test_what_counts_as_the_answer(reward, response: str, label, expected: float) -> None:
     assert await reward(sample(response, label)) == expected
+
+
+async def test_unmarked_answers_count_only_where_the_recipe_says_so() -> None:
+    built = math_reward(marked=False)
+    assert await built(sample("I think 23. The answer is 24.", 24)) == 1.0
+    assert await built(sample("I think 24. The answer is 23.", 24)) == 0.0
+    built.close()
 
 
 @pytest.mark.parametrize(

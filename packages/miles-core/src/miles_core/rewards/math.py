@@ -26,6 +26,9 @@ from ..plugins import EXTRAS, RewardConfig
 from ..protocols import BuildContext
 from ..sample import Sample
 
+MARKS = ("####", "\\boxed{")
+"""What stands before a final answer."""
+
 START_S = 120.0
 """A worker imports sympy; on a busy machine that takes its time."""
 
@@ -36,6 +39,9 @@ class Math(RewardConfig):
     point: ClassVar[str] = "reward"
     target: ClassVar[str] = "miles_core.rewards.math:MathReward"
 
+    marked: bool = True
+    """Only a marked answer counts: the line after the last ``####``, or ``\\boxed{…}``. False takes the last formula or number of any
+    text, which policies learn to exploit (docs/gsm8k.md)."""
     workers: int = Field(2, gt=0)
     """Worker processes; they start with the first sample and are shared by all rewards of this process with as many."""
 
@@ -61,6 +67,8 @@ class MathReward:
             raise DataError(f"sample {sample.id}: metadata['response'] is {response!r}; reward math needs the response's text there")
         if isinstance(sample.label, bool) or not isinstance(sample.label, str | int | float):
             raise DataError(f"sample {sample.id}: label is {sample.label!r}; reward math compares with a number or a text")
+        if self.config.marked and not any(mark in response for mark in MARKS):
+            return 0.0
         try:
             verdict = await self._pool.compare(response, str(sample.label), self.config.timeout_s / 2)
         except RunError as error:
