@@ -8,40 +8,54 @@ from typing import TYPE_CHECKING, Any
 
 from .columns import COLUMNS, Attachment, Attachments, Blob, ColumnSpec, Ragged, register_column
 from .errors import ConfigError, DataError, InfrastructureFailure, MilesError, PluginError, RunError
-from .plugins import POINTS, PluginConfig, decorator
-from .protocols import Observation, Passage, Prompt
 from .sample import Group, Sample, SampleId, SamplingSpan, Status, Turn
 
 if TYPE_CHECKING:
     from .config import RunConfig, resolve
+    from .plugins import POINTS, PluginConfig
+    from .protocols import Observation, Passage, Prompt
     from .run import Outcome, Run
+
+    data_source: Any
+    rollout: Any
+    generate: Any
+    environment: Any
+    reward: Any
+    group_filter: Any
+    sample_filter: Any
+    advantage: Any
+    loss: Any
+    aggregation: Any
+    tracker: Any
+    hook: Any
 
 __version__ = "0.1.0"
 
-_ON_USE = {"RunConfig": "config", "resolve": "config", "Outcome": "run", "Run": "run"}
-"""Names that are imported when they are first used: a plug-in needs the schema, not the configuration tree and the loop."""
+_MODULES = {
+    "config": ("RunConfig", "resolve"),
+    "plugins": ("POINTS", "PluginConfig"),
+    "protocols": ("Observation", "Passage", "Prompt"),
+    "run": ("Outcome", "Run"),
+}
+"""Names that are imported when they are first used: who reads samples needs numpy, not the configuration tree and the loop."""
+
+_DECORATORS = ("data_source", "rollout", "generate", "environment", "reward", "group_filter", "sample_filter")
+_DECORATORS += ("advantage", "loss", "aggregation", "tracker", "hook")
+"""Plug-points whose plug-ins people write as a function or a small class."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_USE:
-        raise AttributeError(f"module 'miles_core' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_ON_USE[name]}", __name__), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    if name in _DECORATORS:
+        from .plugins import decorator
 
+        return decorator(name)
+    raise AttributeError(f"module 'miles_core' has no attribute {name!r}")
 
-data_source = decorator("data_source")
-rollout = decorator("rollout")
-generate = decorator("generate")
-environment = decorator("environment")
-reward = decorator("reward")
-group_filter = decorator("group_filter")
-sample_filter = decorator("sample_filter")
-advantage = decorator("advantage")
-loss = decorator("loss")
-aggregation = decorator("aggregation")
-tracker = decorator("tracker")
-hook = decorator("hook")
 
 __all__ = [
     "COLUMNS",
