@@ -97,13 +97,14 @@ class Buffer:
             RunError: They were not complete within ``seconds``, or a token is older than ``max_staleness`` allows.
             DataError: Two of them have the same id.
         """
-        await deadline(
-            self._wait_ready(),
-            seconds,
-            "the loop",
-            lambda: f"{self.groups} groups ({len(self.ready)} were ready, {len(self._in_flight)} in flight)",
-            "Raise deadlines.rollout, or look for a slow environment or reward.",
-        )
+        if self._failure is not None or not self._may_take():  # else at once, so that training starts and rollout goes on beside it
+            await deadline(
+                self._wait_ready(),
+                seconds,
+                "the loop",
+                lambda: f"{self.groups} groups ({len(self.ready)} were ready, {len(self._in_flight)} in flight)",
+                "Raise deadlines.rollout, or look for a slow environment or reward.",
+            )
         oldest_first = sorted(self.ready, key=_oldest)
         taken, left = oldest_first[: self.groups], oldest_first[self.groups :]
         taken.sort(key=lambda g: g.position)
