@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,8 @@ def main() -> None:
         runs.append(run_once(seed, arguments.overrides))
         print(json.dumps(runs[-1]), flush=True)
     packages = ("miles-core", "torch", "transformers", "numpy")
-    print(write_result("quickstart", {"overrides": arguments.overrides, "runs": runs}, packages))
+    name = "quickstart_cpu_torch" if metadata.version("torch").endswith("+cpu") else "quickstart"  # see .ci/cpu-torch
+    print(write_result(name, {"overrides": arguments.overrides, "runs": runs}, packages))
 
 
 if __name__ == "__main__":

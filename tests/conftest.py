@@ -7,5 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-settings.register_profile("miles", deadline=None, max_examples=25, derandomize=True)  # machines are shared: no deadline per example
-settings.load_profile("miles")
+# Machines are shared: no deadline per example. MILES_HYPOTHESIS=thorough draws 500 of each.
+settings.register_profile("miles", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=500, derandomize=True)
+settings.load_profile(os.environ.get("MILES_HYPOTHESIS", "miles"))

@@ -53,7 +53,8 @@ def loss_and_gradient(torch, batch, loss, logprobs, columns, dtype="float64"):
 
     ops = SegmentOps.of(batch)
     x = torch.tensor(logprobs, dtype=getattr(torch, dtype), requires_grad=True)
-    outputs = loss(LossInputs(x, torch.zeros_like(x), {n: torch.tensor(c, dtype=x.dtype) for n, c in columns.items()}, ops))
+    given = {n: torch.tensor(c, dtype=x.dtype) for n, c in columns.items()}
+    outputs = loss(LossInputs({"logprobs": x, "entropy": torch.zeros_like(x)}, given, ops))
     share = ops.share(outputs.loss, built("aggregation", "token_mean")(ops))
     share.backward()
     return share.item(), x.grad.numpy(), outputs
@@ -149,7 +150,7 @@ def test_the_token_sum_of_the_same_input_is_golden_too(torch):
     batch = worked_batch()
     ops = SegmentOps.of(batch)
     columns = {"old_logprobs": torch.tensor(packed(OLD)), "advantages": torch.tensor(packed(ADVANTAGE))}
-    inputs = LossInputs(torch.tensor(packed(NEW)), torch.zeros(10), columns, ops)
+    inputs = LossInputs({"logprobs": torch.tensor(packed(NEW)), "entropy": torch.zeros(10)}, columns, ops)
     rows = built("loss", "ppo_clip", clip_low=0.2, clip_high=0.28)(inputs).loss
     assert ops.share(rows, torch.ones(10)).item() == pytest.approx(-2.077886, abs=5e-7)
 

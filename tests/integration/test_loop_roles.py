@@ -77,7 +77,7 @@ class TableTrainer:
             columns = {n: torch.from_numpy(c) for n, c in part.columns.items()}
             if self.role == "policy":
                 logprobs = self.parameter.log_softmax(0)[columns["targets"].long()]
-                loss = losses.ppo_clip(LossInputs(logprobs, torch.zeros_like(logprobs), columns, ops)).loss
+                loss = losses.ppo_clip(LossInputs({"logprobs": logprobs}, columns, ops)).loss
             else:
                 loss = (columns["returns"].double() - self.parameter) ** 2
             ops.share(loss, aggregations.token_mean(ops)).backward()

@@ -21,7 +21,7 @@ def group(position, *versions, id=None):
     sample_id = SampleId("run", "policy", name, name)
     span = (versions[0], versions[-1]) if versions else (-1, -1)
     handle = InlineHandle(Sample.of(sample_id, [0, 1]))
-    return GroupRef(name, position, (SampleRef(sample_id, 2, len(versions), len(versions), 1.0, span, Status.COMPLETED, handle),))
+    return GroupRef(name, position, (SampleRef(sample_id, 2, len(versions), len(versions), 1.0, {}, span, Status.COMPLETED, handle),))
 
 
 async def settled(awaitable):

@@ -236,7 +236,12 @@ stages:
   one: {rollout: {use: ":play", sampling: {temperature: 1e0}}, models: {policy: {engine: null, advantage: null}}}
   two:
     models:
-      policy: {engine: {use: ":Engine", slots: 4}, advantage: ":gae", aggregation: {use: ":constant", by: 1e-2}}
+      policy:
+        engine: {use: ":Engine", slots: 4}
+        advantage: ":gae"
+        aggregation: {use: ":constant", by: 1e-2}
+        kl_reward: {estimator: ":gae", coefficient: 1e-3}
+        corrections: {cap: ":long"}
 """
 )
 

@@ -166,9 +166,11 @@ def test_rows_that_branches_share_get_the_mean_of_the_branches_and_are_trained_o
     """Worked by hand: rows of (5 1 10 11 12) and (5 1 10 11 20 21); the first two sampled tokens are predicted at rows 1 and 2."""
     made = learner(advantage=by_row)
     batch = made.prepare(refs(two_branches()), 0)
+    assert batch.segments.tokens == 7  # an advantage sees every branch whole
+    batch = made.advantages(batch)
     assert batch.array("loss_mask").tolist() == [False, True, True, True, False] + [False, False, False, True, True, False]
     assert batch.segments.tokens == 5
-    advantages = made.advantages(batch).array("advantages")
+    advantages = batch.array("advantages")
     assert advantages.dtype == np.float32
     assert advantages[[1, 2]].tolist() == [(1 + 6) / 2, (2 + 7) / 2]
     assert advantages[[3, 8, 9]].tolist() == [3, 8, 9]
@@ -207,7 +209,7 @@ def test_it_sees_the_rewards_the_columns_and_the_mask():
 async def test_who_learns_is_trained_on_the_same_batch_and_reports_under_its_name():
     log = []
     made = learner(models={"ref": REFERENCE, "critic": CRITIC}, log=log, epochs=2, filters={"f": lambda s: None})
-    metrics = await made.step(made.prepare(refs(group_of(1, 2)), 0))
+    metrics = await made.step(made.prepare(refs(group_of(1, 2)), 0), 0)
     assert log == [("policy", "step", 2), ("critic", "step", 2)]
     assert metrics == {"filtered/f": 0.0, "loss": 1.0, "optimizer_steps": 2, "critic/loss": 1.0, "critic/optimizer_steps": 2}
 
@@ -216,4 +218,4 @@ async def test_who_learns_is_trained_on_the_same_batch_and_reports_under_its_nam
 async def test_a_model_that_hangs_is_named(call, what):
     made = learner(seconds=30, deadlines={"train": 0.05})
     with pytest.raises(RunError, match=rf"the loop waited 0\.05 s for model policy to {what}"):
-        await getattr(made, call)(made.prepare(refs(group_of(1, 2)), 0))
+        await getattr(made, call)(made.prepare(refs(group_of(1, 2)), 0), *([0] if call == "step" else []))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from . import cut
 from .buffer import Buffer
@@ -18,7 +18,7 @@ from .loop import Loop
 from .models import materialize
 from .observer import Observer
 from .producer import Producer
-from .protocols import BuildContext, DataSource, Players, RolloutEngine, Tokenizer, Tracker, Trainer
+from .protocols import BuildContext, DataSource, LossTerm, Players, RolloutEngine, Tokenizer, Tracker, Trainer
 from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
@@ -43,16 +43,21 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     """
     observer.phase("build")
     stage = config.stages[origin.stage]
-    base = BuildContext(run_dir.path, config.name, config.seed, device=device_of(config), total_steps=stage.steps, stage=stage)
+    base = BuildContext(
+        run_dir.path, config.name, config.seed, device=device_of(config), total_steps=stage.steps, stage=stage, stage_name=origin.stage
+    )
     data: DataSource = stage.data.build(base)
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
     tokenizers = {name: cast("Tokenizer", load_tokenizer(paths[name])) for name in stage.models}
-    contexts = {name: replace(base, model=name, model_path=paths[name], tokenizer=tokenizers[name]) for name in stage.models}
+    contexts = {
+        name: replace(base, model=name, role=model.role, model_path=paths[name], tokenizer=tokenizers[name])
+        for name, model in stage.models.items()
+    }
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
     if origin.directory is not None:
         for name, trainer in ((n, t) for n, t in trainers.items() if stage.models[n].learns):
             await trainer.load(origin.directory / "models" / name)
-    policies = tuple(name for name, model in stage.models.items() if model.role == "policy")
+    policies = tuple(name for name, model in stage.models.items() if model.has_samples)
     engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
     players = Players(config.name, config.seed, policies, engines, tokenizers, {p: len(tokenizers[p]) for p in policies})
 
@@ -105,16 +110,17 @@ def device_of(config: RunConfig) -> str:
 def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataSource) -> dict[str, Path]:
     """Hugging Face directory that each model of a stage starts from: what the stage before exported, or made or fetched now.
 
-    A reference without a path starts as the policy it belongs to.
+    A model without path and config starts as the one it belongs to, which may be one that an earlier stage trained.
     """
     stage, directory = config.stages[stage_name], run_dir.models / stage_name
     paths: dict[str, Path] = {}
-    for name, model in sorted(stage.models.items(), key=lambda item: item[1].role != "policy"):
+    for name, model in sorted(stage.models.items(), key=lambda item: not item[1].has_samples):
         own = directory / name
         if (own / "config.json").is_file():
             paths[name] = own
         elif model.path is None and model.config is None:
-            paths[name] = paths[model.of or next(iter(paths))]
+            earlier = directory / (model.of or "policy")
+            paths[name] = earlier if (earlier / "config.json").is_file() else paths[model.of or next(iter(paths))]
         else:
             tokenizer = model.tokenizer
             paths[name] = materialize(model.path, model.config, tokenizer, texts_of(data), own, config.seed)
@@ -130,17 +136,25 @@ def texts_of(data: DataSource) -> Iterator[str]:
 
 def build_trainer(model: ModelConfig, context: BuildContext) -> Trainer:
     """A trainer with its loss terms and aggregation."""
-    losses = {name: loss.build(context) for name, loss in model.losses.items()}
+    losses = {name: LossTerm(loss.build(context), loss.coefficient, loss.unit) for name, loss in model.losses.items()}
     return model.trainer.build(replace(context, losses=losses, aggregation=model.aggregation.build(context)))
 
 
 def build_learner(policy: str, stage: StageConfig, trainers: Mapping[str, Trainer], seed: int, context: BuildContext) -> Learner:
     """A policy and its servants."""
-    servants = {n for n, m in stage.models.items() if m.role != "policy" and m.of in (None, policy)}
-    served = {n: t for n, t in trainers.items() if n == policy or n in servants}
-    advantage: Any = stage.models[policy].advantage
-    filters = {n: f.build(context) for n, f in stage.sample_filters.items()}
-    return Learner(policy, stage, served, advantage and advantage.build(context), filters, seed)
+    model = stage.models[policy]
+    servants = {n for n, m in stage.models.items() if not m.has_samples and m.of in (None, policy)}
+    kl = model.kl_reward
+    return Learner(
+        policy=policy,
+        stage=stage,
+        trainers={n: t for n, t in trainers.items() if n == policy or n in servants},
+        advantage=model.advantage and model.advantage.build(context),
+        filters={n: f.build(context) for n, f in stage.sample_filters.items()},
+        seed=seed,
+        corrections={n: c.build(context) for n, c in model.corrections.items()},
+        kl_reward=(kl.estimator.build(context), kl.coefficient) if kl else None,
+    )
 
 
 async def close(loop: Loop) -> None:

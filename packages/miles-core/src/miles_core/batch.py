@@ -82,6 +82,7 @@ class Batch:
         columns: Packed columns [N, …] by name.
         segments: What belongs together, and the step's denominators.
         steps: Sample indices of each optimizer step that this batch is to be used for, in order.
+        owners: int64 [N], the row that trains what row p predicts, where branches share a prefix (``prefixes``); else None.
     """
 
     refs: tuple[SampleRef, ...]
@@ -89,6 +90,7 @@ class Batch:
     columns: dict[str, Column]
     segments: Segments
     steps: tuple[np.ndarray, ...] = field(default=())
+    owners: np.ndarray | None = None
 
     @staticmethod
     def of(refs: Sequence[SampleRef], columns: Sequence[str] = GATHERED) -> Batch:
@@ -158,6 +160,16 @@ class Batch:
         """The same rows as ONE optimizer step: denominators counted anew from ``loss_mask``."""
         tokens = np.bincount(self.segment[self.array("loss_mask")], minlength=len(self))
         return replace(self, segments=Segments.of(self.segments.trajectory, self.segments.group, tokens))
+
+    @property
+    def ends(self) -> np.ndarray:
+        """bool [N]: the last row of each sample. A context-parallel shard tells by its ``positions``."""
+        whole = np.array([r.length for r in self.refs])
+        if (self.lengths == whole).all():
+            ends = np.zeros(self.n_rows, bool)
+            ends[self.cu_seqlens[1:] - 1] = True
+            return ends
+        return self.array("positions") + 1 == whole[self.segment]
 
     def load(self, names: Sequence[str]) -> Batch:
         """Pull Sample columns from where the samples live, pack and roll them. Columns the batch already has are kept.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from .config import ModelConfig, RunConfig, StageConfig
 from .errors import ConfigError
+from .learner import ROLE_GIVES
 
 
 def check(config: RunConfig) -> None:
@@ -22,51 +23,83 @@ def check(config: RunConfig) -> None:
 def _stage_problems(stage: StageConfig) -> Iterator[str]:
     if stage.steps == 0:
         yield "steps is 0: nothing would be trained. Set it to at least 1, or take the stage out"
-    policies = [n for n, m in stage.models.items() if m.role == "policy"]
-    if not policies:
-        yield "models has no policy; one model needs role: policy"
+    owners = [n for n, m in stage.models.items() if m.has_samples]
+    if not owners:
+        yield "models has no policy; one model needs role: policy (or reward, to train a reward model)"
         return
     trajectories = stage.groups * getattr(stage.rollout, "group_size", stage.minibatches)
     if trajectories < stage.minibatches:
         yield f"minibatches is {stage.minibatches}, but a step has only {trajectories} trajectories; lower it or raise groups"
     for name, model in stage.models.items():
-        yield from (f"model {name}: {p}" for p in _model_problems(name, model, stage, policies))
+        yield from (f"model {name}: {p}" for p in _model_problems(name, model, stage, owners))
     for field in ("rollout", "data", "rewards", "evaluators", "group_filters", "sample_filters"):
         value = getattr(stage, field)
         for plugin in value.values() if isinstance(value, dict) else [value]:
-            yield from (f"{field} {plugin.use}: {p}" for p in plugin.problems(stage))
+            yield from (f"{field} {inner.use}: {p}" for inner in plugin.nested() for p in inner.problems(stage))
 
 
-def _model_problems(name: str, model: ModelConfig, stage: StageConfig, policies: list[str]) -> Iterator[str]:
+def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:
     if model.path is not None and model.config is not None:
         yield "path and config are both given; give path (a checkpoint) or config (fields of a model built from scratch)"
     if model.path is None and model.config is None and model.role == "policy":
         yield "neither path nor config is given; give path (a checkpoint) or config (fields of a model built from scratch)"
     if model.config is not None and model.tokenizer is None:
         yield "a model built from scratch needs a tokenizer"
-    if model.role != "policy":
-        if model.of is None and len(policies) != 1:
-            yield f"of is missing: which policy is it the {model.role} of? ({', '.join(policies)})"
-        if model.of is not None and model.of not in policies:
-            yield f"of names {model.of!r}, which is no policy ({', '.join(policies)})"
+    if not model.has_samples:
+        if model.of is None and len(owners) != 1:
+            yield f"of is missing: which policy is it the {model.role} of? ({', '.join(owners)})"
+        if model.of is not None and model.of not in owners:
+            yield f"of names {model.of!r}, which is no policy ({', '.join(owners)})"
     if "engine" in stage.rollout.required() and model.role == "policy" and model.engine is None:
         yield f"rollout {stage.rollout.use!r} samples from it, but it has no engine; add e.g. engine: {{use: local}}"
     for kind, plugin in (("trainer", model.trainer), ("engine", model.engine), ("transport", model.transport)):
         if plugin is not None:
             yield from (f"{kind} {plugin.use!r}: {p}" for p in plugin.problems(stage))
-    owner = name if model.role == "policy" else model.of or policies[0]
-    if not model.learns or owner not in policies:
+    owner = name if model.has_samples else model.of or owners[0]
+    if not model.learns or owner not in owners:
         return
     if not model.losses:
         yield "it learns, but has no losses; add e.g. losses: {ppo: {use: ppo_clip}}"
+    if model.frozen_steps >= stage.steps > 0:
+        yield f"frozen_steps is {model.frozen_steps} of {stage.steps} steps, so it would never learn; lower it"
     given = columns_given(name, owner, stage)
-    for kind, plugins in (("advantage", [model.advantage]), ("loss", list(model.losses.values())), ("aggregation", [model.aggregation])):
-        for plugin in plugins:
-            if plugin is None:
-                continue
-            for need in sorted(plugin.required() - given):
-                yield f"{kind} {plugin.use!r} needs {need!r}, which nothing gives. {WHO_GIVES.get(need, '')}".rstrip()
-            yield from (f"{kind} {plugin.use!r}: {p}" for p in plugin.problems(stage))
+    for plugin in model.algorithms():
+        for need in sorted(plugin.required() - given):
+            yield f"{plugin.point} {plugin.use!r} needs {need!r}, which nothing gives. {WHO_GIVES.get(need, '')}".rstrip()
+        yield from (f"{plugin.point} {plugin.use!r}: {p}" for p in plugin.problems(stage))
+    yield from _senseless_combinations(model, given)
+
+
+def _senseless_combinations(model: ModelConfig, given: frozenset[str]) -> Iterator[str]:
+    """Algorithms that are each right and together wrong."""
+    losses = list(model.losses.values())
+    if model.kl_reward and any(loss.use == "kl" for loss in losses):
+        yield "kl_reward and a kl loss are both given: the divergence would be paid for twice; keep one"
+    if model.kl_reward and "ref_logprobs" not in given:
+        yield f"kl_reward needs 'ref_logprobs', which nothing gives. {WHO_GIVES['ref_logprobs']}"
+    if model.kl_reward and model.advantage is None:
+        yield "kl_reward enters the advantage, but there is none; add advantage: {use: …} or put a kl term into the losses"
+    if model.corrections and "logprobs" not in given:
+        yield f"corrections compare with the rollout's 'logprobs', which nothing gives. {WHO_GIVES['logprobs']}"
+    if model.corrections and model.advantage is None:
+        yield "corrections weigh policy-gradient terms, but there is no advantage; take them out or add advantage: {use: …}"
+    for loss in losses:
+        old = getattr(loss, "old", "recompute")
+        if model.corrections and old != "recompute":
+            yield (
+                f"loss {loss.use!r} has old: {old}, so its ratio already starts from "
+                f"{'the rollout' if old == 'rollout' else 'the present weights'}, and corrections would have nothing to compare; "
+                "use old: recompute, or take the corrections out"
+            )
+        head = "language" if model.role == "policy" else "scalar"
+        if loss.head != head:
+            fitting = "a policy" if loss.head == "language" else "a critic or reward model"
+            yield f"loss {loss.use!r} belongs to {fitting}, this is a {model.role}; move it there"
+        if loss.unit == "pair" and model.aggregation.use != "sequence_mean":
+            yield (
+                f"loss {loss.use!r} is one number a pair, which {model.aggregation.use!r} would weigh by length; "
+                "use aggregation: {use: sequence_mean}"
+            )
 
 
 WHO_GIVES = {
@@ -74,7 +107,10 @@ WHO_GIVES = {
     "groups": "Set the rollout's group_size to at least 2",
     "advantages": "Add advantage: {use: …} to the model",
     "values": "Add a model with role: critic",
+    "returns": "Use an advantage that gives them, e.g. advantage: {use: gae}",
     "ref_logprobs": "Add a model with role: reference",
+    "teacher_logprobs": "Add a model with role: teacher",
+    "pairs": "Use rollout: {use: read_pairs}, or group_size: 2 with rewards that differ",
     "logprobs": "Use a rollout that samples; one of your own says what it gives: @miles.rollout(gives={'logprobs', 'rewards'})",
 }
 
@@ -84,10 +120,10 @@ def columns_given(name: str, owner: str, stage: StageConfig) -> frozenset[str]:
     given = {"tokens", "versions", "loss_mask", "old_logprobs", *stage.rollout.provided()}
     if stage.rewards:
         given |= {"rewards"}
-    if getattr(stage.rollout, "group_size", 2) >= 2:
-        given |= {"groups"}
+    group_size = getattr(stage.rollout, "group_size", 2)
+    given |= ({"groups"} if group_size >= 2 else set()) | ({"pairs"} if group_size == 2 else set())
     for other in stage.models.values():
-        given |= {"critic": {"values"}, "reference": {"ref_logprobs"}}.get(other.role, set()) if other.of in (None, owner) else set()
+        given |= ROLE_GIVES[other.role] if other.of in (None, owner) else set()
     for plugin in (stage.models[name].advantage, stage.models[owner].advantage):
         given |= plugin.provided() if plugin else set()
     return frozenset(given)

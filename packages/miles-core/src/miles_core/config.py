@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
-from .plugins import add_import_directories, config_class, plug
+from .plugins import PluginConfig, add_import_directories, config_class, plug
 from .recipe import KeyPath, Recipe, load_recipe, merge
 from .tokenizers import TokenizerConfig
 
@@ -28,13 +28,22 @@ class Tree(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class KlReward(Tree):
+    """Every trained token earns −coefficient · kl(old policy, reference)."""
+
+    estimator: plug("kl") = Field(default={"use": "k1"}, validate_default=True)  # ty: ignore
+    coefficient: float = Field(gt=0)
+
+
 class ModelConfig(Tree):
     """One model of a run and its part in it."""
 
-    role: Literal["policy", "critic", "reference"] = "policy"
-    """policy: samples and learns. critic: gives ``values`` and learns. reference: gives ``ref_logprobs``, stays as it is."""
+    role: Literal["policy", "critic", "reference", "teacher", "reward"] = "policy"
+    """policy: samples and learns. critic: gives ``values`` and learns. reference: gives ``ref_logprobs``, teacher:
+    ``teacher_logprobs``; both stay as they are. reward: a reward model that learns from what the rollout reads."""
     of: str | None = None
-    """The policy that a critic or reference belongs to; may be left out if there is only one."""
+    """The policy that a critic, reference or teacher belongs to; may be left out if there is only one. Without a path the model
+    starts as that one."""
     path: str | None = None
     """Hugging Face directory or hub id with weights and tokenizer."""
     config: dict[str, Any] | None = None
@@ -47,12 +56,35 @@ class ModelConfig(Tree):
     advantage: plug("advantage") | None = None  # ty: ignore
     losses: dict[str, plug("loss")] = {}  # ty: ignore
     """Loss terms by name; they add up."""
+    kl_reward: KlReward | None = None
+    """A KL penalty in the reward of each token; or put a ``kl`` term into the losses, never both."""
+    corrections: dict[str, plug("ratio_correction")] = {}  # ty: ignore
+    """For the distance between rollout and trainer log-probabilities, by name, in this order; weights multiply."""
     aggregation: plug("aggregation") = Field(default={"use": "token_mean"}, validate_default=True)  # ty: ignore
+    frozen_steps: int = Field(0, ge=0)
+    """Steps of the stage before it begins to learn (a policy that waits for its critic)."""
 
     @property
     def learns(self) -> bool:
         """Whether the loop trains it."""
-        return self.role in ("policy", "critic")
+        return self.role in ("policy", "critic", "reward")
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether samples carry its name; the other roles serve one that has."""
+        return self.role in ("policy", "reward")
+
+    def algorithms(self) -> list[PluginConfig]:
+        """Everything its loss is made of, nested plug-ins too."""
+        kl = [self.kl_reward.estimator] if self.kl_reward else []
+        parts = [self.advantage, *self.losses.values(), *self.corrections.values(), *kl, self.aggregation]
+        return [inner for part in parts if part is not None for inner in part.nested()]
+
+    def required(self) -> frozenset[str]:
+        """Columns that its algorithms need."""
+        kl = frozenset({"old_logprobs", "ref_logprobs"}) if self.kl_reward else frozenset()
+        corrected = frozenset({"old_logprobs", "logprobs"}) if self.corrections else frozenset()
+        return kl.union(corrected, *(a.required() for a in self.algorithms()))
 
 
 class Deadlines(Tree):
@@ -245,8 +277,9 @@ def _inner_model(annotation: Any) -> Any:
 
 def _point_of(path: KeyPath) -> str | None:
     singular = {"rewards": "reward", "losses": "loss", "group_filters": "group_filter", "sample_filters": "sample_filter"}
+    singular |= {"corrections": "ratio_correction"}
     singular |= {"evaluators": "evaluator", "trackers": "tracker", "hooks": "hook"}
-    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport"}
+    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport", "estimator": "kl"}
     names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment")
     last = path[-1]
     if len(path) > 1 and path[-2] in singular:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .batch import Batch
 from .config import ModelConfig, StageConfig
 from .errors import DataError
-from .plan import Unit, optimizer_steps
+from .plan import optimizer_steps
 from .prefixes import mean_over_branches, row_owners, train_once
-from .protocols import Advantage, AdvantageInputs, SampleFilter, StepReport, Trainer
+from .protocols import Advantage, Correction, Kl, SampleFilter, StepReport, Trainer, Unit
 from .refs import SampleRef
 from .waiting import deadline
 
 
 @dataclass
 class Learner:
-    """One policy and the models that serve it (critic, references).
+    """One policy, or reward model that learns, and the models that serve it (critic, references, teachers).
 
     Attributes:
         policy: Its name.
@@ -28,6 +28,9 @@ class Learner:
         advantage: The built advantage, None for losses that need none (SFT).
         filters: Sample filters by name.
         seed: The run's seed.
+        corrections: Built corrections by name, in their order.
+        kl_reward: The built KL estimator and coefficient of a penalty in the reward, None without.
+        metrics: What was noticed about the batch in hand.
     """
 
     policy: str
@@ -36,12 +39,24 @@ class Learner:
     advantage: Advantage | None
     filters: Mapping[str, SampleFilter]
     seed: int
-    _owners: np.ndarray | None = None
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    kl_reward: tuple[Kl, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def model(self, name: str) -> ModelConfig:
         """A model's configuration."""
         return self.stage.models[name]
+
+    @property
+    def unit(self) -> Unit:
+        """What stays together in an optimizer step: pairs and groups if one of the losses is a function of them."""
+        units = {loss.unit for name in self.trainers for loss in self.model(name).losses.values()}
+        return "group" if units & {"pair", "group"} else "sequence"
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Weight of each named part in the reward."""
+        return {"environment": 1.0} | {name: reward.weight for name, reward in self.stage.rewards.items()}
 
     def prepare(self, refs: Sequence[SampleRef], step: int) -> Batch:
         """Which samples are trained, and in which optimizer steps. Shared prefixes are trained once."""
@@ -53,17 +68,16 @@ class Learner:
             mask = batch.array("loss_mask").copy()
             mask[batch.rows_of(np.array(out, np.int64))] = False
             batch = batch.with_columns({"loss_mask": mask}).counted()
-        self._owners = row_owners(batch)
-        if self._owners is not None:
-            batch = train_once(batch, self._owners)
-        unit: Unit = "sequence"
+        batch = replace(batch, owners=row_owners(batch))
+        if self.advantage is not None:
+            self.metrics["groups/of_one"] = _groups_of_one(batch)
         seed_parts = (self.seed, self.policy, step)
-        steps = optimizer_steps(batch, unit, epochs=self.stage.epochs, minibatches=self.stage.minibatches, seed_parts=seed_parts)
+        steps = optimizer_steps(batch, self.unit, epochs=self.stage.epochs, minibatches=self.stage.minibatches, seed_parts=seed_parts)
         return batch.with_steps(steps)
 
     async def annotate(self, batch: Batch) -> Batch:
         """Add the columns that the algorithms need and models give: old, reference, values. Nothing else is computed."""
-        needs = {n for m in self.trainers for plugin in self._algorithms(m) for n in plugin.required()}
+        needs = frozenset().union(*(self.model(n).required() for n in self.trainers if self.model(n).learns))
         for name, trainer in self.trainers.items():
             wanted = frozenset(needs & ROLE_GIVES[self.model(name).role])
             if wanted:
@@ -71,32 +85,33 @@ class Learner:
                 batch = await deadline(trainer.annotate(batch, wanted), self.stage.deadlines.train, "the loop", what)
         return batch
 
-    def _algorithms(self, name: str) -> list:
-        model = self.model(name)
-        return [p for p in (model.advantage, *model.losses.values(), model.aggregation) if p is not None and model.learns]
-
     def advantages(self, batch: Batch) -> Batch:
-        """Advantages of the whole batch; rows that branches share get the mean of the branches'."""
-        if self.advantage is None:
-            return batch
-        import torch
+        """Advantages of the whole batch; a row that branches share is trained once, with the mean of the branches'."""
+        if self.advantage is not None:
+            from .algorithms.credit import advantage_columns
 
-        from .algorithms.segments import SegmentOps
+            added = advantage_columns(batch, self.advantage, self.reward_weights, self.kl_reward, self.metrics)
+            if batch.owners is not None:
+                added = {n: mean_over_branches(c, batch.owners) for n, c in added.items()}
+            batch = batch.with_columns(added)
+        if batch.owners is not None:
+            batch = train_once(batch, batch.owners)
+        if self.corrections:
+            from .algorithms.credit import corrected
 
-        columns = {n: torch.from_numpy(c) for n, c in batch.columns.items() if isinstance(c, np.ndarray)}
-        inputs = AdvantageInputs(torch.from_numpy(batch.rewards), columns, SegmentOps.of(batch))
-        given = self.advantage(inputs)
-        named = given if isinstance(given, dict) else {"advantages": given}
-        added = {n: c.to(torch.float32).numpy() for n, c in named.items()}
-        if self._owners is not None:
-            added = {n: mean_over_branches(c, self._owners) for n, c in added.items()}
-        return batch.with_columns(added)
+            batch = corrected(batch, self.corrections, self.metrics)
+        return batch
 
-    async def step(self, batch: Batch) -> dict[str, float]:
-        """Train the policy and its critic on the batch; metrics by name (a critic's under its own name)."""
+    async def step(self, batch: Batch, stage_step: int) -> dict[str, float]:
+        """Train the policy and its critic on the batch; metrics by name (a critic's under its own name).
+
+        Args:
+            batch: With all columns.
+            stage_step: Steps of the stage that are done; models that are frozen until later are left out.
+        """
         metrics = dict(self.metrics)
         for name, trainer in self.trainers.items():
-            if self.model(name).learns:
+            if self.model(name).learns and stage_step >= self.model(name).frozen_steps:
                 what = f"model {name} to train one step"
                 report: StepReport = await deadline(trainer.step(batch), self.stage.deadlines.train, "the loop", what)
                 prefix = "" if name == self.policy else f"{name}/"
@@ -110,5 +125,17 @@ def _taken_out(name: str, reason: str | None, ref: SampleRef) -> bool:
     return reason is not None
 
 
-ROLE_GIVES = {"policy": {"old_logprobs"}, "critic": {"values"}, "reference": {"ref_logprobs"}}
+def _groups_of_one(batch: Batch) -> int:
+    """Groups with a single trajectory: nothing to compare it with, so group-relative advantages there are 0."""
+    pairs = np.unique(np.stack([batch.segments.group, batch.segments.trajectory]), axis=1)
+    return int((np.bincount(pairs[0]) == 1).sum())
+
+
+ROLE_GIVES = {
+    "policy": {"old_logprobs"},
+    "critic": {"values"},
+    "reference": {"ref_logprobs"},
+    "teacher": {"teacher_logprobs"},
+    "reward": set(),
+}
 """The columns that a model of each role is asked for."""

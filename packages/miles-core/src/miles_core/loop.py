@@ -123,7 +123,7 @@ class Loop:
         with self._phase("train"):
             for learner, batch in zip(self.learners, batches, strict=True):
                 prefix = "" if len(self.learners) == 1 else f"{learner.policy}/"
-                self.row |= {prefix + name: value for name, value in (await learner.step(batch)).items()}
+                self.row |= {prefix + name: value for name, value in (await learner.step(batch, self.step)).items()}
         self.step += 1
         self._between_steps = True
         await self.hooks.fire("after_step", self)

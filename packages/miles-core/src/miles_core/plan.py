@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from .batch import Batch
 from .errors import ConfigError
+from .protocols import Unit
 from .randomness import generator
-
-Unit = Literal["token", "sequence", "pair", "group"]
-"""What a loss is a function of. Tokens and sequences stay with their trajectory; pairs and groups with their group."""
 
 
 def units_of(batch: Batch, unit: Unit) -> np.ndarray:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, 
 from . import protocols
 from .errors import MilesError, PluginError
 from .protocol_check import check_protocol
-from .protocols import BuildContext
+from .protocols import BuildContext, Unit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +54,15 @@ class PluginConfig(BaseModel):
         skip = {"use", *POINTS[self.point].config_base.model_fields}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in skip}
 
+    def built_options(self, context: BuildContext) -> dict[str, Any]:
+        """``options``, those that are plug-ins built."""
+        return {n: v.build(context) if isinstance(v, PluginConfig) else v for n, v in self.options().items()}
+
+    def nested(self) -> list[PluginConfig]:
+        """This one and every plug-in that is an option of it."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [self, *(inner for v in values if isinstance(v, PluginConfig) for inner in v.nested())]
+
     def required(self) -> frozenset[str]:
         """What it needs with these options; ``needs`` unless they matter."""
         return self.needs
@@ -76,13 +85,37 @@ class PluginConfig(BaseModel):
         except Exception as error:
             raise PluginError(f"{origin} does not import: {_import_advice(error)}") from error
         if point.per_use:
-            return factory(target, self.options(), point, origin)
+            return factory(target, self.built_options(context), point, origin)
         try:
-            built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.options())
+            built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.built_options(context))
         except ModuleNotFoundError as error:  # a library that the target imports only now
             raise PluginError(f"{origin} cannot be built: {_import_advice(error)}") from error
         check_protocol(built, point.protocol, point.name, origin)
         return built
+
+
+class AdvantageConfig(PluginConfig):
+    """What every advantage has beside its own options."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"advantages"})
+    per_token: ClassVar[bool] = False
+    """Whether tokens of one trajectory get different advantages."""
+
+    def varies(self) -> bool:
+        """``per_token`` with these options."""
+        return self.per_token
+
+
+class LossConfig(PluginConfig):
+    """What every loss term has beside its own options."""
+
+    unit: ClassVar[Unit] = "token"
+    """What the loss is a function of; packing and sharding never split one."""
+    head: ClassVar[str] = "language"
+    """What it reads of the model that learns: ``language`` (logprobs, entropy) or ``scalar`` (values)."""
+
+    coefficient: float = 1.0
+    """Factor of this term in the sum of terms."""
 
 
 class RewardConfig(PluginConfig):
@@ -119,8 +152,10 @@ POINTS: dict[str, Point] = {
         Point("reward", protocols.Reward, "scores a sample, a group or a batch", RewardConfig),
         Point("group_filter", protocols.GroupFilter, "drops groups"),
         Point("sample_filter", protocols.SampleFilter, "takes samples out of training"),
-        Point("advantage", protocols.Advantage, "advantages of a batch"),
-        Point("loss", protocols.Loss, "one term of the loss"),
+        Point("advantage", protocols.Advantage, "advantages of a batch", AdvantageConfig),
+        Point("loss", protocols.Loss, "one term of the loss", LossConfig),
+        Point("kl", protocols.Kl, "estimates a KL divergence"),
+        Point("ratio_correction", protocols.Correction, "weights or drops rows that the engine sampled differently"),
         Point("aggregation", protocols.Aggregation, "how rows add up to the loss"),
         Point("rollout_engine", protocols.RolloutEngine, "samples tokens from a policy"),
         Point("trainer", protocols.Trainer, "holds weights and optimizer"),
@@ -254,12 +289,23 @@ def _config_from_signature(point: str, use: str, obj: Callable[..., Any]) -> typ
         raise PluginError(f"{point} {use!r}: the type of one of its options is not one a recipe can hold: {error}") from error
     made.point, made.plain = point, staticmethod(obj)  # ty: ignore
     for name, value in declared.items():
-        if name not in ("needs", "gives", "unit"):
-            raise PluginError(f"{point} {use!r} declares {name!r}; a decorator takes name, needs, gives and (for rewards) unit")
-        if name == "unit" and value not in ("sample", "group", "batch"):
-            raise PluginError(f"{point} {use!r} declares unit {value!r}; expected sample, group or batch")
-        setattr(made, name, frozenset(value) if name != "unit" else value)
+        allowed = DECLARED.get((point, name))
+        if name not in ("needs", "gives") and allowed is None:
+            takes = ["name", "needs", "gives", *(n for p, n in DECLARED if p == point)]
+            raise PluginError(f"{point} {use!r} declares {name!r}; a decorator takes {', '.join(takes)}")
+        if allowed is not None and value not in allowed:
+            raise PluginError(f"{point} {use!r} declares {name} {value!r}; expected {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+        setattr(made, name, value if allowed is not None else frozenset(value))
     return made
+
+
+DECLARED: dict[tuple[str, str], tuple] = {
+    ("reward", "unit"): ("sample", "group", "batch"),
+    ("loss", "unit"): ("token", "sequence", "pair", "group"),
+    ("loss", "head"): ("language", "scalar"),
+    ("advantage", "per_token"): (True, False),
+}
+"""What a decorator may declare beside needs and gives, by point, and the values it may have."""
 
 
 def _option_types(point: str, use: str, obj: Callable[..., Any], options: list[inspect.Parameter]) -> dict[str, Any]:
@@ -286,8 +332,9 @@ class _PlainConfig:
                 obj, point = type(self).plain, POINTS[self.point]
                 origin = f"{self.point} {self.use!r} of {origin_of(self.point, self.use)} ({obj.__module__}:{obj.__qualname__})"
                 if point.per_use:
-                    return factory(obj, self.options(), point, origin)
-                built = obj(**self.options()) if inspect.isclass(obj) else functools.partial(obj, **self.options())
+                    return factory(obj, self.built_options(context), point, origin)
+                options = self.built_options(context)
+                built = obj(**options) if inspect.isclass(obj) else functools.partial(obj, **options)
                 check_protocol(built, point.protocol, point.name, origin)
                 return built
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -39,6 +39,7 @@ class SampleRef:
         sampled: Tokens the policy sampled.
         trained: Tokens under the loss mask.
         reward: The trajectory's reward, None where the rollout gives none (SFT).
+        rewards: Its named parts, before weighting.
         versions: Oldest and newest weight version among the sampled tokens; (−1, −1) if none was sampled.
         status: How it ended.
         handle: Where the data are.
@@ -49,6 +50,7 @@ class SampleRef:
     sampled: int
     trained: int
     reward: float | None
+    rewards: Mapping[str, float]
     versions: tuple[int, int]
     status: Status
     handle: Handle
@@ -59,7 +61,17 @@ class SampleRef:
         sampled = sample.versions[sample.versions >= 0]
         span = (int(sampled.min()), int(sampled.max())) if len(sampled) else (-1, -1)
         trained = int(sample.loss_mask.sum())
-        return SampleRef(sample.id, len(sample), len(sampled), trained, sample.reward, span, sample.status, handle or InlineHandle(sample))
+        return SampleRef(
+            id=sample.id,
+            length=len(sample),
+            sampled=len(sampled),
+            trained=trained,
+            reward=sample.reward,
+            rewards=sample.rewards,
+            versions=span,
+            status=sample.status,
+            handle=handle or InlineHandle(sample),
+        )
 
     def get(self) -> Sample:
         """The sample."""

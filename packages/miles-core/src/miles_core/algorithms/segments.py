@@ -59,6 +59,7 @@ class SegmentOps:
         trajectory_tokens: [S], trained rows of each sample's trajectory (over all its samples).
         tokens, sequences, trajectories: The step's denominators: trained rows, and non-empty sequences and trajectories.
         n_trajectories: Length of a per-trajectory result (every trajectory of the step, empty ones too).
+        ends: bool [N], the last row of each sample: it has read the whole sample and predicts nothing.
         cp: Ranks that hold other rows of the same samples.
         dp: Ranks that hold other samples.
     """
@@ -73,6 +74,7 @@ class SegmentOps:
     sequences: int
     trajectories: int
     n_trajectories: int
+    ends: Tensor
     cp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
 
@@ -112,6 +114,7 @@ class SegmentOps:
             sequences=s.sequences,
             trajectories=s.trajectories,
             n_trajectories=n_trajectories or int(s.trajectory.max(initial=-1)) + 1,
+            ends=tensor(batch.ends),
             cp=cp,
             dp=dp,
         )
@@ -139,6 +142,15 @@ class SegmentOps:
             return self.sum(x, per) / self.sequence_tokens.clamp(min=1)
         count = self.sum(torch.ones_like(x), per)
         return self.sum(x, per) / count.clamp(min=1)
+
+    def last(self, x: Tensor) -> Tensor:
+        """``x`` [N] on the last row of each sample → [S]. That row is outside the mask: it predicts nothing."""
+        x = torch.where(self.ends, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return _sum_over(x.new_zeros(len(self.trajectory)).index_add(0, self.segment, x), self.cp)
+
+    def over_group(self, x: Tensor) -> Tensor:
+        """``x`` [S] → [S], the sum over the samples of the same group; for losses whose unit (pair, group) keeps groups whole."""
+        return x.new_zeros(int(self.group.max()) + 1).index_add(0, self.group, x)[self.group]
 
     def spread(self, x: Tensor) -> Tensor:
         """Per-sample values [S] → rows [N]."""

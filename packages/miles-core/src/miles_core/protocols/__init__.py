@@ -4,7 +4,20 @@ Shapes: T tokens of one sample, N rows and S samples of a packed Batch, L MoE la
 "Raises MilesError" means: a sentence for the user, the run stops. ``InfrastructureFailure`` means: issue it again.
 """
 
-from .algorithms import Advantage, AdvantageInputs, Aggregation, Loss, LossInputs, LossOutputs
+from .algorithms import (
+    Advantage,
+    AdvantageInputs,
+    Aggregation,
+    Correction,
+    CorrectionInputs,
+    CorrectionOutputs,
+    Kl,
+    Loss,
+    LossInputs,
+    LossOutputs,
+    LossTerm,
+    Unit,
+)
 from .data import DataSource, Passage, Prompt, Tokenizer
 from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, WeightSink, WeightSource, WeightTransport
 from .rollout import Environment, Generate, GroupFilter, Observation, Players, Reward, Rollout, RolloutContext, SampleFilter, Trajectory
@@ -16,6 +29,9 @@ __all__ = [
     "AdvantageInputs",
     "Aggregation",
     "BuildContext",
+    "Correction",
+    "CorrectionInputs",
+    "CorrectionOutputs",
     "DataSource",
     "Environment",
     "Evaluation",
@@ -24,9 +40,11 @@ __all__ = [
     "GenerateRequest",
     "Generation",
     "GroupFilter",
+    "Kl",
     "Loss",
     "LossInputs",
     "LossOutputs",
+    "LossTerm",
     "Observation",
     "Passage",
     "Players",
@@ -42,6 +60,7 @@ __all__ = [
     "Tracker",
     "Trainer",
     "Trajectory",
+    "Unit",
     "WeightSink",
     "WeightSource",
     "WeightTransport",

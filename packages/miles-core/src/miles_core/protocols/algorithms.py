@@ -1,15 +1,18 @@
-"""Advantages, loss terms, aggregations."""
+"""Advantages, loss terms, KL estimators, corrections, aggregations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # torch is an extra; protocols only name its Tensor
     from torch import Tensor
 
     from ..algorithms.segments import SegmentOps
+
+Unit = Literal["token", "sequence", "pair", "group"]
+"""What a loss is a function of. Tokens and sequences stay with their trajectory; pairs and groups with their group."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,20 @@ class AdvantageInputs:
     """What an advantage is computed from; the whole batch, on the controller.
 
     Attributes:
-        rewards: float [S], one a sample; samples of one trajectory carry the same.
+        rewards: float [S], the trajectory's reward on each of its samples.
         columns: Packed columns [N] by name (``versions``, ``logprobs``, ``values`` …), rolled.
         ops: Reductions; ``ops.mask`` is the loss mask.
+        parts: float [S] each: the reward's named parts before weighting, on each of the trajectory's samples.
+        weights: Weight of each part in the reward.
+        token_rewards: float [N], what each trained row earns by itself (a KL penalty); None where nothing is configured.
     """
 
     rewards: Tensor
     columns: Mapping[str, Tensor]
     ops: SegmentOps
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    token_rewards: Tensor | None = None
 
 
 class Advantage(Protocol):
@@ -40,16 +49,36 @@ class LossInputs:
     """What a loss term is computed from; one micro-batch, on the trainer.
 
     Attributes:
-        logprobs: float [N] of the predicted tokens under the current weights; differentiable.
-        entropy: float [N] of the distributions they come from; differentiable.
+        outputs: float [N] each, differentiable, of the model that learns under its current weights. A language model gives
+            ``logprobs`` (of the predicted tokens) and ``entropy`` (of the distributions they come from), 0 on rows outside the
+            mask; a critic or reward model gives ``values`` on every row.
         columns: Packed columns [N] by name (``old_logprobs``, ``advantages`` …), rolled; ``logprobs`` there are the rollout's.
         ops: Reductions; ``ops.mask`` is the loss mask.
     """
 
-    logprobs: Tensor
-    entropy: Tensor
+    outputs: Mapping[str, Tensor]
     columns: Mapping[str, Tensor]
     ops: SegmentOps
+
+    @property
+    def logprobs(self) -> Tensor:
+        """float [N], log-probability of each predicted token under the current weights."""
+        return self.outputs["logprobs"]
+
+    @property
+    def entropy(self) -> Tensor:
+        """float [N], entropy of the distribution that each predicted token comes from, in nats."""
+        return self.outputs["entropy"]
+
+    @property
+    def values(self) -> Tensor:
+        """float [N], what the scalar head says at each row; row p has read the tokens up to and including p."""
+        return self.outputs["values"]
+
+    def weighted(self, policy_loss: Tensor) -> Tensor:
+        """A policy-gradient term [N] times the weights that corrections gave its rows, if there are any."""
+        weights = self.columns.get("correction_weights")
+        return policy_loss if weights is None else weights.to(policy_loss.dtype) * policy_loss
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,64 @@ class Loss(Protocol):
     """One term of the loss; terms add up."""
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """Loss of each row."""
+        """Loss of each row. Whatever stands on rows outside the mask (NaN too) must not reach value or gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss as a trainer gets it: the built function, its coefficient in the sum of terms, and what it is a function of."""
+
+    function: Loss
+    coefficient: float = 1.0
+    unit: Unit = "token"
+
+
+class Kl(Protocol):
+    """An estimate of KL(policy ‖ reference) from the log-probabilities of sampled tokens."""
+
+    def __call__(self, logprobs: Tensor, reference: Tensor) -> Tensor:
+        """float [N] under the policy and under the reference → float [N], nats; differentiable in ``logprobs``."""
+        ...
+
+
+@dataclass(frozen=True)
+class CorrectionInputs:
+    """What a correction is computed from; the whole batch, on the controller, before its first optimizer step.
+
+    Attributes:
+        trainer: float [N], log-probabilities under the trainer's weights before the step (``old_logprobs``).
+        rollout: float [N], as the engine sampled them (``logprobs``).
+        advantages: float [N].
+        ops: Reductions; ``ops.mask`` is the loss mask.
+    """
+
+    trainer: Tensor
+    rollout: Tensor
+    advantages: Tensor
+    ops: SegmentOps
+
+
+@dataclass(frozen=True)
+class CorrectionOutputs:
+    """What a correction gives.
+
+    Attributes:
+        weights: float [N], factors of the policy-gradient terms; a row of weight 0 stays in the denominators. None: all 1.
+        keep: bool [N], trained rows that stay; the others leave the batch and its denominators. None: all stay.
+        metrics: By name, without prefix.
+    """
+
+    weights: Tensor | None = None
+    keep: Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Correction(Protocol):
+    """Corrects for the distance between what sampled and what is trained. Constant under the gradient."""
+
+    def __call__(self, inputs: CorrectionInputs) -> CorrectionOutputs:
+        """Weights, and rows that stay."""
         ...
 
 

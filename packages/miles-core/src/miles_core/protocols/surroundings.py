@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..sample import Sample
-from .algorithms import Aggregation, Loss
+from .algorithms import Aggregation, LossTerm
 from .rollout import Players
 
 
@@ -51,11 +51,13 @@ class BuildContext:
         model: Name of the model it is built for ("" outside models).
         model_path: Hugging Face directory with that model's starting weights and tokenizer.
         tokenizer: That model's tokenizer.
-        losses: Built loss terms (for a trainer).
+        role: That model's role (policy, critic, reference, teacher, reward).
+        losses: Built loss terms by name (for a trainer).
         aggregation: Built aggregation (for a trainer).
         device: ``cpu`` or ``cuda``.
         total_steps: Calls of ``Trainer.step`` in this stage (for schedules).
         stage: The ``StageConfig`` it is built for.
+        stage_name: Its name; models that stages before trained are in ``run_dir/models/<stage_name>``.
     """
 
     run_dir: Path
@@ -64,8 +66,10 @@ class BuildContext:
     model: str = ""
     model_path: Path | None = None
     tokenizer: Any = None
-    losses: Mapping[str, Loss] = field(default_factory=dict)
+    role: str = "policy"
+    losses: Mapping[str, LossTerm] = field(default_factory=dict)
     aggregation: Aggregation | None = None
     device: str = "cpu"
     total_steps: int = 0
     stage: Any = None
+    stage_name: str = ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from miles_core.algorithms.segments import SegmentOps
 from miles_core.batch import Batch
 from miles_core.errors import PluginError, RunError
-from miles_core.protocols import Aggregation, Loss, LossInputs
+from miles_core.protocols import Aggregation, LossInputs, LossTerm
 
 
 def spread(values: Tensor, rows: np.ndarray, batch: Batch) -> Tensor:
@@ -21,41 +21,42 @@ def spread(values: Tensor, rows: np.ndarray, batch: Batch) -> Tensor:
 
 
 def shares(
-    micro: Batch, logprobs: Tensor, entropy: Tensor, losses: Mapping[str, Loss], aggregation: Aggregation
+    micro: Batch, outputs: Mapping[str, Tensor], losses: Mapping[str, LossTerm], aggregation: Aggregation
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The micro-batch's part of the step's loss, and of each metric.
 
     Args:
         micro: Some samples of an optimizer step, with that step's denominators.
-        logprobs, entropy: [N], of the predicted tokens.
-        losses: The terms by name; their sum is trained on.
+        outputs: [N] each, what the model gives by name (``LossInputs.outputs``).
+        losses: The terms by name; the sum of coefficient · term is trained on.
         aggregation: Weight of each row in the step's loss.
 
     Returns:
-        A differentiable scalar, and detached scalars by name: ``loss``, ``loss/<term>``, ``entropy`` and the terms' own metrics.
+        A differentiable scalar, and detached scalars by name: ``loss``, ``loss/<term>`` (without its coefficient), means of the
+        outputs other than log-probabilities (``entropy``, ``values``), and the terms' own metrics.
         Added up over the micro-batches of a step they are the step's loss and means over its trained tokens.
 
     Raises:
         PluginError: A term's loss is not one number a row, or two terms report a metric of the same name.
         RunError: A term is not finite; names the sample it came from.
     """
-    device = logprobs.device
+    device = next(iter(outputs.values())).device
     columns = {n: torch.from_numpy(c).to(device) for n, c in micro.columns.items() if isinstance(c, np.ndarray)}
     ops = SegmentOps.of(micro, device)
-    inputs = LossInputs(logprobs, entropy, columns, ops)
+    inputs = LossInputs(outputs, columns, ops)
     weights = aggregation(ops)
-    total = logprobs.new_zeros(())
-    parts = {"entropy": _mean(ops, entropy)}
+    total = next(iter(outputs.values())).new_zeros(())
+    parts = {name: _mean(ops, x) for name, x in outputs.items() if name != "logprobs"}
     for term, loss in losses.items():
-        outputs = loss(inputs)
-        if outputs.loss.shape != ops.mask.shape:
-            raise PluginError(f"loss {term!r} gave {list(outputs.loss.shape)}; expected a loss for each row, {list(ops.mask.shape)}")
-        share = ops.share(outputs.loss, weights)
+        given = loss.function(inputs)
+        if given.loss.shape != ops.mask.shape:
+            raise PluginError(f"loss {term!r} gave {list(given.loss.shape)}; expected a loss for each row, {list(ops.mask.shape)}")
+        share = ops.share(given.loss, weights)
         if not torch.isfinite(share):
-            raise RunError(f"loss {term!r} is {float(share.detach())}{_origin(micro, ops, outputs.loss * weights)}")
-        total = total + share
+            raise RunError(f"loss {term!r} is {float(share.detach())}{_origin(micro, ops, given.loss * weights)}")
+        total = total + loss.coefficient * share
         parts[f"loss/{term}"] = share.detach()
-        for name, values in outputs.metrics.items():
+        for name, values in given.metrics.items():
             if name in parts or name == "loss":
                 raise PluginError(f"loss {term!r} reports the metric {name!r}, which is reported already; rename it")
             parts[name] = _mean(ops, values)

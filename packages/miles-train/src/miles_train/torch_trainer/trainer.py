@@ -222,7 +222,8 @@ class TorchTrainer:
             rows = np.flatnonzero(micro.array("loss_mask"))
             result = self.model.logprobs(micro, rows)
             logprob, entropy = spread(result.logprob, rows, micro), spread(result.entropy, rows, micro)
-            loss, parts = shares(micro, logprob, entropy, self.context.losses, self.context.aggregation)
+            outputs = {"logprobs": logprob, "entropy": entropy}
+            loss, parts = shares(micro, outputs, self.context.losses, self.context.aggregation)
             loss.backward()
             for name, part in parts.items():
                 sums[name] = sums[name] + part if name in sums else part
