@@ -18,7 +18,7 @@ from miles_core import cut
 from miles_core.buffer import Buffer
 from miles_core.config import StageConfig
 from miles_core.cursor import Cursor
-from miles_core.errors import RunError
+from miles_core.errors import RunError, StepRefused
 from miles_core.hooks import MOMENTS, Hooks
 from miles_core.learner import Learner
 from miles_core.loop import Loop
@@ -44,7 +44,7 @@ class Failures:
         if place == self.place:
             self.left -= 1
             if self.left == 0:
-                raise RunError(f"{place} failed")
+                raise (StepRefused if place == "refuse" else RunError)(f"{place} failed")
 
 
 class Diary:
@@ -60,6 +60,7 @@ class Diary:
         return batch.with_columns({c: np.zeros(batch.n_rows, np.float32) for c in columns})
 
     async def step(self, batch):
+        self.failures.pass_by("refuse")
         self.failures.pass_by("step")
         self.read.append(list(dict.fromkeys(r.id.group for r in batch.refs)))
         self.failures.pass_by("end of step")
@@ -169,7 +170,7 @@ def read_once(loop):
     )
 
 
-PLACES = ["annotate", "step", "end of step", "save", "publish", "evaluate", "rollout", *(m for m in MOMENTS if m != "on_failure")]
+PLACES = ["annotate", "refuse", "step", "end of step", "save", "publish", "evaluate", "rollout", *(m for m in MOMENTS if m != "on_failure")]
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
@@ -204,15 +205,31 @@ async def test_stopped_again_and_again_every_group_is_trained_once(tmp_path, see
 
 @pytest.mark.parametrize(
     ("place", "nth", "saved"),
-    [("annotate", 4, 3), ("before_step", 4, 3), ("publish", 5, 4), ("evaluate", 3, 4), ("step", 4, 2), ("rollout", 10, 3)],
+    [
+        ("annotate", 4, 3),
+        ("before_step", 4, 3),
+        ("publish", 5, 4),
+        ("evaluate", 3, 4),
+        ("step", 4, 2),
+        ("refuse", 4, 3),
+        ("rollout", 10, 3),
+    ],
 )
 async def test_the_last_whole_step_is_saved_before_the_error_goes_on(tmp_path, place, nth, saved):
-    """Regular cuts are taken every second step; a failure in the middle of an optimizer step cannot add one."""
+    """Regular cuts are taken every second step; a failure in the middle of an optimizer step cannot add one, a refused step can."""
     loop = life(tmp_path, Failures(place, nth))
     with pytest.raises(RunError, match=f"{place} failed") as found:
         await loop.run()
     assert cut.newest(loop.run_dir.checkpoints, "toy")[1].step == saved
     assert found.value.__notes__ == [f"What was learned is saved. Go on with: miles resume {tmp_path}"]
+
+
+async def test_a_step_that_is_refused_after_another_policy_took_its_own_is_no_consistent_state(tmp_path):
+    """The sixth refusal point is the second policy's in step 3: the first policy's weights have moved on already."""
+    loop = life(tmp_path, Failures("refuse", 6), policies=("doctor", "patient"))
+    with pytest.raises(StepRefused):
+        await loop.run()
+    assert cut.newest(loop.run_dir.checkpoints, "toy")[1].step == 2
 
 
 async def test_before_the_first_step_there_is_nothing_to_save_and_nothing_is_promised(tmp_path):
@@ -273,3 +290,5 @@ async def test_weights_are_exported_all_or_none(tmp_path):
         await export({"a": Exporter(text), "b": Exporter(text)}, final)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
         assert [(final / n / "config.json").read_text() for n in ("a", "b")] == [text, text]
+    await export({"a": Exporter("4")}, final.with_name("next"), idle=[final / "b"])
+    assert [(tmp_path / "next" / n / "config.json").read_text() for n in ("a", "b")] == ["4", "3"]  # handed on

@@ -36,16 +36,18 @@ def rows(tmp_path: Path):
 
 def test_a_row_becomes_a_prompt(rows) -> None:
     source = rows(
-        [{"q": "1 + 1", "a": 2, "hint": "count", "why": "two ones", "name": "first"}],
+        [{"q": "1 + 1", "a": 2, "hint": "count", "why": "two ones", "worse": "three", "name": "first"}],
         prompt_field="q",
         label_field="a",
         demonstration_field="why",
+        rejected_field="worse",
         id_field="name",
         template="{prompt} ({hint}) = {{?}}",
     )
     prompt = source[0]
     assert (prompt.id, prompt.text, prompt.label) == ("first", "1 + 1 (count) = {?}", 2)
     assert [(p.text, p.trained) for p in prompt.demonstration] == [("two ones", True)]
+    assert [(p.text, p.trained) for p in prompt.rejected] == [("three", True)]
 
 
 def test_ids_are_file_and_line_and_blank_lines_are_skipped(rows) -> None:

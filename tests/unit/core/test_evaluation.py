@@ -74,7 +74,8 @@ async def two_branches(trajectory):
     return out
 
 
-def evaluator(*, reward="right", rollout=None, **options):
+def evaluator(*, reward="right", rollout=None, rollout_of_its_own=None, **options):
+    options |= {"rollout": rollout_of_its_own} if rollout_of_its_own else {}
     made = config_class("rollout", "trajectories").model_validate(
         {"use": "trajectories", "group_size": 8, "sampling": {"max_tokens": 2}, **(rollout or {})}
     )
@@ -124,6 +125,13 @@ async def test_only_the_first_prompts_with_sampling_of_its_own():
     assert found.metrics["length"] == 5.0
     more = await evaluator(prompts=99).evaluate(players(Coin()))
     assert len(more.samples) == 12
+
+
+async def test_a_stage_that_reads_is_evaluated_by_a_rollout_of_the_evaluators_own():
+    engine = Coin()
+    own = {"use": "trajectories", "sampling": {"max_tokens": 3}}
+    found = await evaluator(rollout={"sampling": {"max_tokens": 2}}, prompts=2, **{"rollout_of_its_own": own}).evaluate(players(engine))
+    assert len(found.samples) == 2 and {s.max_tokens for *_, s in engine.drawn} == {3}
 
 
 async def test_success_begins_at_a_reward():

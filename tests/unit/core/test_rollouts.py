@@ -216,8 +216,8 @@ async def test_members_of_a_group_have_keys_of_their_own_and_always_the_same():
 # ---- reading -------------------------------------------------------------------------------------------------------------
 
 
-def read(prompt, **options):
-    rollout = config_class("rollout", "read").model_validate({"use": "read", **options}).build(BuildContext(None, "run", 0))
+def read(prompt, *, use="read", **options):
+    rollout = config_class("rollout", use).model_validate({"use": use, **options}).build(BuildContext(None, "run", 0))
     return rollout(prompt, RolloutContext("run", 0, 0, "g0", ("policy",), {}, {"policy": Letters()}))
 
 
@@ -249,3 +249,30 @@ async def test_a_demonstration_that_ends_with_another_speaker_is_not_ended():
 async def test_what_cannot_be_read_names_the_prompt(prompt, options, expected):
     with pytest.raises(DataError, match=expected):
         await read(prompt, **options)
+
+
+# ---- read_pairs ----------------------------------------------------------------------------------------------------------
+
+BETTER, WORSE = (Passage("ab", trained=True), Passage("R", trained=False, role="tool"), Passage("c", trained=True)), (Passage("d", True),)
+
+
+async def test_a_pair_is_two_trajectories_the_better_one_rewarded():
+    samples = await read(Prompt("p7", "Q", label=3, demonstration=BETTER, rejected=WORSE), use="read_pairs")
+    assert [(text(s), trained(s)) for s in samples] == [("QabRc$", "abc$"), ("Qd$", "d$")]
+    assert [s.rewards for s in samples] == [{"environment": 1.0}, {"environment": 0.0}]
+    assert [(s.id.group, s.id.trajectory, s.id.branch) for s in samples] == [("g0", 0, 0), ("g0", 1, 0)]
+    for sample in samples:
+        sample.validate(vocab_size=128, rl=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "expected"),
+    [
+        (Prompt("p7", "Q", rejected=WORSE), {}, "prompt p7 has no demonstration; rollout 'read_pairs' needs data with"),
+        (Prompt("p7", "Q", demonstration=BETTER), {}, "prompt p7 has no rejected; rollout 'read_pairs' needs data with"),
+        (Prompt("p7", "Q", demonstration=WORSE, rejected=BETTER), {"max_length": 5}, "prompt p7: .* has 6 tokens, more than max_length 5"),
+    ],
+)
+async def test_a_pair_that_cannot_be_read_names_the_prompt(prompt, options, expected):
+    with pytest.raises(DataError, match=expected):
+        await read(prompt, use="read_pairs", **options)

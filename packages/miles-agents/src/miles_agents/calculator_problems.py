@@ -14,7 +14,7 @@ HELD_OUT = 10
 
 
 class CalculatorProblemSource:
-    """Problems and their demonstrations.
+    """Problems, their demonstrations, and a wrong answer given at once as the worse half of a pair.
 
     Which split a problem belongs to is a hash of its text alone: whatever their sizes and seeds, a train and a held-out source share
     no problem. No partial result is negative.
@@ -39,7 +39,13 @@ class CalculatorProblemSource:
             if min(partial, total) >= 0 and split_of(text) == self.config.split:
                 break
         calls = [(f"{a} {first} {b}", partial), (f"{partial} {second} {c}", total)]
-        return Prompt(f"{self.config.split}-{index}", text, total, self._demonstration(calls, total, random))
+        return Prompt(
+            id=f"{self.config.split}-{index}",
+            text=text,
+            label=total,
+            demonstration=self._demonstration(calls, total, random),
+            rejected=(Passage(f" ans {_wrong(total, random)}", trained=True),),
+        )
 
     def _demonstration(self, calls: list[tuple[str, int]], total: int, random: np.random.Generator) -> tuple[Passage, ...]:
         """The answer at once, or by two calls whose results the environment speaks."""
@@ -49,6 +55,12 @@ class CalculatorProblemSource:
                 passages.append(Passage(f" <call> {expression} </call>", trained=True))
                 passages.append(Passage(f" <res> {result} </res>", trained=False, role="environment"))
         return (*passages, Passage(f" ans {total}", trained=True))
+
+
+def _wrong(total: int, random: np.random.Generator) -> int:
+    """What somebody who cannot compute might answer: another number, near."""
+    near = total + int(random.integers(1, 20)) * (1 if random.random() < 0.5 else -1)
+    return near if near >= 0 else total + 1
 
 
 def split_of(text: str) -> str:

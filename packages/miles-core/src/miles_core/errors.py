@@ -21,6 +21,10 @@ class RunError(MilesError):
     """A run cannot go on: a deadline passed, a disk is full, nothing is left to train on."""
 
 
+class StepRefused(RunError):
+    """A trainer refused a batch before anything changed: its weights are those before the call of ``step``."""
+
+
 class CheckpointError(MilesError):
     """A cut is missing, truncated or belongs to another configuration."""
 

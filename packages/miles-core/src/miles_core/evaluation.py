@@ -25,6 +25,8 @@ class Sampled(PluginConfig):
     """Held-out prompts."""
     prompts: int | None = Field(None, gt=0)
     """Only the first so many; all by default."""
+    rollout: plug("rollout") | None = None  # ty: ignore
+    """How they are played, ``trajectories`` with options; the stage's rollout by default."""
     samples: int = Field(1, gt=0)
     """Trajectories a prompt: the k of avg@k and pass@k."""
     sampling: Sampling | None = None
@@ -33,10 +35,12 @@ class Sampled(PluginConfig):
     """A trajectory succeeds when its reward is at least this."""
 
     def problems(self, stage: Any) -> list[str]:
-        """It plays the stage's own rollout with the engine of the main policy."""
+        """It plays trajectories with the engine of the main policy."""
         found = []
-        if not isinstance(stage.rollout, Trajectories):
-            found.append(f"it plays the stage's rollout, which must be 'trajectories', not {stage.rollout.use!r}")
+        if self.rollout is not None and not isinstance(self.rollout, Trajectories):
+            found.append(f"its rollout must be 'trajectories', not {self.rollout.use!r}")
+        if self.rollout is None and not isinstance(stage.rollout, Trajectories):
+            found.append(f"it plays the stage's rollout, which must be 'trajectories', not {stage.rollout.use!r}; or give it a rollout")
         if any(m.role == "policy" and m.engine is None for m in stage.models.values()):
             found.append("it samples, but the policy has no engine; add e.g. engine: {use: local} to the model")
         return found
@@ -46,12 +50,12 @@ class SampledEvaluator:
     """Plays prompts with the stage's rollout and rewards, the same randomness each time, so that curves are comparable."""
 
     def __init__(self, config: Sampled, context: BuildContext):
-        stage_rollout = context.stage.rollout
-        assert isinstance(stage_rollout, Trajectories)  # see ``Sampled.problems``
+        played = config.rollout or context.stage.rollout
+        assert isinstance(played, Trajectories)  # see ``Sampled.problems``
         own = {"group_size": config.samples} | ({"sampling": config.sampling} if config.sampling else {})
         self.config = config
         self.data: DataSource = config.data.build(context)
-        self.rollout: Rollout = stage_rollout.model_copy(update=own).build(context)
+        self.rollout: Rollout = played.model_copy(update=own).build(context)
         self.scorer = Scorer(context.stage.rewards, context)
 
     async def evaluate(self, players: Players) -> Evaluation:

@@ -31,6 +31,7 @@ class Learner:
         corrections: Built corrections by name, in their order.
         kl_reward: The built KL estimator and coefficient of a penalty in the reward, None without.
         metrics: What was noticed about the batch in hand.
+        trained_something: Whether a model has taken its step on the batch in hand.
     """
 
     policy: str
@@ -42,6 +43,7 @@ class Learner:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     kl_reward: tuple[Kl, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    trained_something: bool = False
 
     def model(self, name: str) -> ModelConfig:
         """A model's configuration."""
@@ -109,11 +111,12 @@ class Learner:
             batch: With all columns.
             stage_step: Steps of the stage that are done; models that are frozen until later are left out.
         """
-        metrics = dict(self.metrics)
+        metrics, self.trained_something = dict(self.metrics), False
         for name, trainer in self.trainers.items():
             if self.model(name).learns and stage_step >= self.model(name).frozen_steps:
                 what = f"model {name} to train one step"
                 report: StepReport = await deadline(trainer.step(batch), self.stage.deadlines.train, "the loop", what)
+                self.trained_something = True
                 prefix = "" if name == self.policy else f"{name}/"
                 metrics |= {prefix + k: v for k, v in report.metrics.items()} | {f"{prefix}optimizer_steps": report.optimizer_steps}
         return metrics

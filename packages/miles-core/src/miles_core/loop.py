@@ -14,7 +14,7 @@ from . import cut
 from .batch import Batch
 from .buffer import Buffer
 from .config import StageConfig
-from .errors import RunError
+from .errors import RunError, StepRefused
 from .hooks import Hooks
 from .learner import Learner
 from .observer import Observer
@@ -123,7 +123,13 @@ class Loop:
         with self._phase("train"):
             for learner, batch in zip(self.learners, batches, strict=True):
                 prefix = "" if len(self.learners) == 1 else f"{learner.policy}/"
-                self.row |= {prefix + name: value for name, value in (await learner.step(batch, self.step)).items()}
+                try:
+                    self.row |= {prefix + name: value for name, value in (await learner.step(batch, self.step)).items()}
+                except StepRefused:
+                    if learner is self.learners[0] and not learner.trained_something:
+                        self._between_steps = True
+                        self.buffer.put_back(groups)  # as if the step had not begun: what was learned before it can be saved
+                    raise
         self.step += 1
         self._between_steps = True
         await self.hooks.fire("after_step", self)

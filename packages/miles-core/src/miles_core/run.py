@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,19 +108,22 @@ class Run:
         try:
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
-                await export(self._loop.learning(), run_dir.models / following)
+                idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.stage.models]
+                await export(self._loop.learning(), run_dir.models / following, idle)
             return self._loop.step
         finally:
             await close(self._loop)
 
 
-async def export(trainers: Mapping[str, Trainer], directory: Path) -> None:
-    """Every model's weights as ``directory/NAME``, all of them or none."""
+async def export(trainers: Mapping[str, Trainer], directory: Path, idle: Sequence[Path] = ()) -> None:
+    """Every model's weights as ``directory/NAME``, all of them or none; models that had no part in this stage are handed on."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, trainer in trainers.items():
         await trainer.export(partial / name)
+    for model in idle:
+        shutil.copytree(model, partial / model.name)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
 

@@ -31,7 +31,9 @@ class Jsonl(PluginConfig):
     label_field: str | None = None
     """Field that rewards compare with; any JSON value but null."""
     demonstration_field: str | None = None
-    """Field with the text that SFT trains on."""
+    """Field with the text that SFT trains on, or the better answer of a pair."""
+    rejected_field: str | None = None
+    """Field with the worse answer of a pair."""
     id_field: str | None = None
     """Field with a unique id (text or whole number); by default the file's name and the line number."""
     template: str = "{prompt}"
@@ -105,6 +107,10 @@ def text_field(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
+def _answer(row: dict[str, Any], name: str | None, where: str) -> tuple[Passage, ...]:
+    return () if name is None else (Passage(text_field(row, name, where), trained=True),)
+
+
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
     if row.get(name) is None:
         found = "null" if name in row else f"missing.{did_you_mean(name, list(row))} The row has: {', '.join(row) or 'nothing'}"
@@ -138,9 +144,8 @@ class JsonlSource:
             id=self._id(row, where),
             text=text,
             label=None if config.label_field is None else _field(row, config.label_field, where),
-            demonstration=()
-            if config.demonstration_field is None
-            else (Passage(text_field(row, config.demonstration_field, where), trained=True),),
+            demonstration=_answer(row, config.demonstration_field, where),
+            rejected=_answer(row, config.rejected_field, where),
         )
 
     def _id(self, row: dict[str, Any], where: str) -> str:

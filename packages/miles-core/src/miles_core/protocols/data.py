@@ -24,7 +24,8 @@ class Prompt:
         id: Stable and unique in its source (randomness and ledgers are keyed by it).
         text: What the policy reads first.
         label: What rewards compare with.
-        demonstration: What SFT trains on after ``text``; empty where there is none.
+        demonstration: What SFT trains on after ``text``, and the better answer of a pair; empty where there is none.
+        rejected: The worse answer of a pair (DPO, reward models); empty where there is none.
         metadata: Anything else, JSON-like.
     """
 
@@ -32,6 +33,7 @@ class Prompt:
     text: str
     label: Any = None
     demonstration: tuple[Passage, ...] = ()
+    rejected: tuple[Passage, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -40,7 +40,8 @@ class Trainer(WeightSource, Protocol):
 
         Raises:
             DataError: A token id is outside the vocabulary (names the sample).
-            RunError: Loss or gradient is not finite; the weights are those before the step.
+            StepRefused: Loss or gradient is not finite, or a gate is out of bounds, before anything was changed by this call.
+            RunError: The same at a later optimizer step of the batch; the weights are those before that optimizer step.
         """
         ...
 

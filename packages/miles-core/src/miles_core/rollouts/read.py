@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from ..builder import SampleBuilder
 from ..errors import DataError
 from ..plugins import PluginConfig
-from ..protocols import BuildContext, Prompt, RolloutContext
+from ..protocols import BuildContext, Passage, Prompt, RolloutContext, Tokenizer
 from ..sample import Sample, SampleId, Status
 
 
@@ -22,8 +23,24 @@ class Read(PluginConfig):
     """A longer demonstration is an error, never cut silently."""
 
 
+def read_sample(id: SampleId, prompt: Prompt, passages: Sequence[Passage], tokenizer: Tokenizer, limit: int | None) -> Sample:
+    """The prompt's text, then the passages, the trained ones under the loss mask, end of text last.
+
+    Raises DataError when it has more than ``limit`` tokens.
+    """
+    builder = SampleBuilder(id, tokenizer)
+    builder.inject(prompt.text, role="user")
+    for passage in passages:
+        builder.inject(passage.text, role=passage.role, trained=passage.trained)
+    if tokenizer.eos_token_id is not None and passages[-1].trained:
+        builder.inject_ids([tokenizer.eos_token_id], role="assistant", trained=True)
+    if limit is not None and len(builder.tokens) > limit:
+        raise DataError(f"prompt {prompt.id}: an answer to read has {len(builder.tokens)} tokens, more than max_length {limit}")
+    return builder.finish(Status.COMPLETED, prompt=prompt.text, label=prompt.label, metadata=dict(prompt.metadata))
+
+
 class ReadDemonstrations:
-    """One sample a prompt: its text, then its demonstration, the trained passages under the loss mask, end of text last."""
+    """One sample a prompt: its demonstration."""
 
     def __init__(self, config: Read, context: BuildContext):
         self.config = config
@@ -33,14 +50,5 @@ class ReadDemonstrations:
         if not prompt.demonstration:
             raise DataError(f"prompt {prompt.id} has no demonstration to read; rollout 'read' needs data with demonstrations")
         policy = context.policies[0]
-        tokenizer = context.tokenizers[policy]
-        builder = SampleBuilder(SampleId(context.run, policy, prompt.id, context.group), tokenizer)
-        builder.inject(prompt.text, role="user")
-        for passage in prompt.demonstration:
-            builder.inject(passage.text, role=passage.role, trained=passage.trained)
-        if tokenizer.eos_token_id is not None and prompt.demonstration[-1].trained:
-            builder.inject_ids([tokenizer.eos_token_id], role="assistant", trained=True)
-        limit = self.config.max_length
-        if limit is not None and len(builder.tokens) > limit:
-            raise DataError(f"prompt {prompt.id}: its demonstration has {len(builder.tokens)} tokens, more than max_length {limit}")
-        return [builder.finish(Status.COMPLETED, prompt=prompt.text, label=prompt.label, metadata=dict(prompt.metadata))]
+        id = SampleId(context.run, policy, prompt.id, context.group)
+        return [read_sample(id, prompt, prompt.demonstration, context.tokenizers[policy], self.config.max_length)]
