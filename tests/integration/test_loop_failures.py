@@ -270,7 +270,7 @@ async def test_metrics_hold_the_rewards_of_the_batch_and_each_policy_under_its_n
 
 async def test_weights_are_exported_all_or_none(tmp_path):
     """A run whose last export was cut short is not finished: the directory is not there, or as it was."""
-    from miles_core.run import export
+    from miles_core.runner import export
 
     class Exporter:
         def __init__(self, text, fails=False):

@@ -80,7 +80,7 @@ def evaluator(*, reward="right", rollout=None, rollout_of_its_own=None, **option
         {"use": "trajectories", "group_size": 8, "sampling": {"max_tokens": 2}, **(rollout or {})}
     )
     rewards = {"r": config_class("reward", f"{__name__}:{reward}").model_validate({"use": f"{__name__}:{reward}"})}
-    context = BuildContext(None, "run", 0, stage=SimpleNamespace(rollout=made, rewards=rewards))
+    context = BuildContext(None, "run", 0, stage=SimpleNamespace(rollout=made, rewards=rewards, environment_weight=1.0))
     return (
         config_class("evaluator", "sampled").model_validate({"use": "sampled", "data": f"{__name__}:Questions", **options}).build(context)
     )

@@ -191,9 +191,9 @@ def test_an_option_of_a_type_no_recipe_can_hold(install: Install) -> None:
 
 DECLARED = """
     from typing import ClassVar
-    from miles_core.plugins import PluginConfig
+    from miles_core.plugins import LossConfig
 
-    class Clip(PluginConfig):
+    class Clip(LossConfig):
         point: ClassVar[str] = "loss"
         target: ClassVar[str] = "{target}"
         needs: ClassVar[frozenset[str]] = frozenset({{"old_logprobs"}})

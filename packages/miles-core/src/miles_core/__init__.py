@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .config import RunConfig, resolve
     from .plugins import POINTS, PluginConfig
     from .protocols import Observation, Passage, Prompt
-    from .run import Outcome, Run
+    from .pytorch_loop import run, update
+    from .runner import Outcome, Run
 
     data_source: Any
     rollout: Any
@@ -35,7 +36,8 @@ _MODULES = {
     "config": ("RunConfig", "resolve"),
     "plugins": ("POINTS", "PluginConfig"),
     "protocols": ("Observation", "Passage", "Prompt"),
-    "run": ("Outcome", "Run"),
+    "runner": ("Outcome", "Run"),
+    "pytorch_loop": ("run", "update"),
 }
 """Names that are imported when they are first used: who reads samples needs numpy, not the configuration tree and the loop."""
 
@@ -96,6 +98,8 @@ __all__ = [
     "resolve",
     "reward",
     "rollout",
+    "run",
     "sample_filter",
     "tracker",
+    "update",
 ]

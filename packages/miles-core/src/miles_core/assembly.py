@@ -22,6 +22,7 @@ from .protocols import BuildContext, DataSource, LossTerm, Players, RolloutEngin
 from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
+from .trace import Trace
 from .waiting import deadline
 
 
@@ -48,9 +49,9 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     )
     data: DataSource = stage.data.build(base)
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
-    tokenizers = {name: cast("Tokenizer", load_tokenizer(paths[name])) for name in stage.models}
+    tokenizers = {name: cast("Tokenizer", load_tokenizer(path)) for name, path in paths.items()}
     contexts = {
-        name: replace(base, model=name, role=model.role, model_path=paths[name], tokenizer=tokenizers[name])
+        name: replace(base, model=name, role=model.role, model_path=paths.get(name), tokenizer=tokenizers.get(name))
         for name, model in stage.models.items()
     }
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
@@ -59,18 +60,19 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
             await trainer.load(origin.directory / "models" / name)
     policies = tuple(name for name, model in stage.models.items() if model.has_samples)
     engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
-    players = Players(config.name, config.seed, policies, engines, tokenizers, {p: len(tokenizers[p]) for p in policies})
+    players = Players(config.name, config.seed, policies, engines, tokenizers, {n: len(t) for n, t in tokenizers.items()})
 
-    state = origin.state
+    state, trace = origin.state, Trace(run_dir.logs / "trace.json")
     buffer = Buffer(stage.groups, stage.max_staleness, stage.steps, first_version=origin.first_step)
     producer = Producer(
         buffer=buffer,
         cursor=Cursor(data, config.seed, stage.shuffle),
         rollout=stage.rollout.build(contexts[policies[0]]),
         players=players,
-        scorer=Scorer(stage.rewards, base),
+        scorer=Scorer(stage.rewards, base, stage.environment_weight),
         filters={n: f.build(base) for n, f in stage.group_filters.items()},
         group_seconds=stage.deadlines.group,
+        trace=trace,
         on_group=lambda group: observer.progress(len(buffer.ready), stage.groups),
     )
     if state is not None and origin.directory is not None:
@@ -93,6 +95,7 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
         observer=observer,
         config_hash=config.fingerprint(),
         keep=config.keep_checkpoints,
+        trace=trace,
         step=state.step if state else 0,
         saved_step=state.step if state else -1,
     )
@@ -110,11 +113,13 @@ def device_of(config: RunConfig) -> str:
 def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataSource) -> dict[str, Path]:
     """Hugging Face directory that each model of a stage starts from: what the stage before exported, or made or fetched now.
 
-    A model without path and config starts as the one it belongs to, which may be one that an earlier stage trained.
+    A model without path and config starts as the one it belongs to, which may be one that an earlier stage trained. Models whose
+    trainer brings its weights are left out.
     """
     stage, directory = config.stages[stage_name], run_dir.models / stage_name
     paths: dict[str, Path] = {}
-    for name, model in sorted(stage.models.items(), key=lambda item: not item[1].has_samples):
+    named = {n: m for n, m in stage.models.items() if not m.trainer.brings_weights}
+    for name, model in sorted(named.items(), key=lambda item: not item[1].has_samples):
         own = directory / name
         if (own / "config.json").is_file():
             paths[name] = own

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -144,6 +145,12 @@ class Batch:
         if not isinstance(column, np.ndarray):
             raise DataError(f"the batch has no token column {name!r}; it has {', '.join(self.columns)}")
         return column
+
+    def tensors(self, device: str = "cpu") -> dict[str, Any]:
+        """Every token column as a torch tensor [N, …] by name; with ``load`` before, ``tokens`` and ``targets`` too."""
+        import torch
+
+        return {n: torch.from_numpy(np.ascontiguousarray(c)).to(device) for n, c in self.columns.items() if isinstance(c, np.ndarray)}
 
     def with_columns(self, columns: Mapping[str, Column]) -> Batch:
         """The same rows with columns added or replaced; each has N rows, already rolled."""

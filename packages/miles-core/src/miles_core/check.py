@@ -41,7 +41,7 @@ def _stage_problems(stage: StageConfig) -> Iterator[str]:
 def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:
     if model.path is not None and model.config is not None:
         yield "path and config are both given; give path (a checkpoint) or config (fields of a model built from scratch)"
-    if model.path is None and model.config is None and model.role == "policy":
+    if model.path is None and model.config is None and model.role == "policy" and not model.trainer.brings_weights:
         yield "neither path nor config is given; give path (a checkpoint) or config (fields of a model built from scratch)"
     if model.config is not None and model.tokenizer is None:
         yield "a model built from scratch needs a tokenizer"
@@ -58,7 +58,7 @@ def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: l
     owner = name if model.has_samples else model.of or owners[0]
     if not model.learns or owner not in owners:
         return
-    if not model.losses:
+    if not model.losses and not model.trainer.brings_weights:
         yield "it learns, but has no losses; add e.g. losses: {ppo: {use: ppo_clip}}"
     if model.frozen_steps >= stage.steps > 0:
         yield f"frozen_steps is {model.frozen_steps} of {stage.steps} steps, so it would never learn; lower it"

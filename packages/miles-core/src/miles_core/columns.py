@@ -155,6 +155,7 @@ for _spec in (
         "routing", "token", ("uint8", "uint16"), None, trailing=2, rolled=False, doc="experts [L_moe, K] chosen when token t was the input"
     ),
     ColumnSpec("advantages", "token", ("float32", "float64"), 0.0, doc="advantage of token t"),
+    ColumnSpec("high_covariance", "token", ("bool",), False, doc="token t was selected by clip_cov or kl_cov"),
     ColumnSpec("correction_weights", "token", ("float32", "float64"), 1.0, doc="factor of token t's policy-gradient loss"),
     _float("old_logprobs", "log-probability under the weights before the first optimizer step of this batch"),
     _float("ref_logprobs", "log-probability under the reference model"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
 from .plugins import PluginConfig, add_import_directories, config_class, plug
@@ -20,6 +20,13 @@ from .tokenizers import TokenizerConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a stage, model or evaluator: part of file names, and of override keys, in which dots separate."""
+
+
+def named(type_: Any) -> Any:
+    """The pydantic type of a mapping by name; what is set to null is left out, as if it had never been named."""
+    return Annotated[
+        dict[Name, type_], BeforeValidator(lambda v: {k: x for k, x in v.items() if x is not None} if isinstance(v, dict) else v)
+    ]
 
 
 class Tree(BaseModel):
@@ -54,11 +61,11 @@ class ModelConfig(Tree):
     engine: plug("rollout_engine") | None = None  # ty: ignore
     transport: plug("weight_transport") = Field(default={"use": "inline"}, validate_default=True)  # ty: ignore
     advantage: plug("advantage") | None = None  # ty: ignore
-    losses: dict[str, plug("loss")] = {}  # ty: ignore
+    losses: named(plug("loss")) = {}  # ty: ignore
     """Loss terms by name; they add up."""
     kl_reward: KlReward | None = None
     """A KL penalty in the reward of each token; or put a ``kl`` term into the losses, never both."""
-    corrections: dict[str, plug("ratio_correction")] = {}  # ty: ignore
+    corrections: named(plug("ratio_correction")) = {}  # ty: ignore
     """For the distance between rollout and trainer log-probabilities, by name, in this order; weights multiply."""
     aggregation: plug("aggregation") = Field(default={"use": "token_mean"}, validate_default=True)  # ty: ignore
     frozen_steps: int = Field(0, ge=0)
@@ -122,17 +129,19 @@ class StageConfig(Tree):
     """Steps of the loop."""
     groups: int = Field(gt=0)
     """Groups (prompts) a step trains on."""
-    models: dict[Name, ModelConfig]
+    models: named(ModelConfig)  # ty: ignore
     """By name; single-policy recipes call theirs ``policy``."""
     data: plug("data_source")  # ty: ignore
     shuffle: bool = True
     """Whether each epoch goes through the data in a seeded random order."""
     rollout: plug("rollout")  # ty: ignore
-    rewards: dict[str, plug("reward")] = {}  # ty: ignore
+    rewards: named(plug("reward")) = {}  # ty: ignore
     """By name; the trajectory's reward is the environment's plus the weighted sum of these."""
-    group_filters: dict[str, plug("group_filter")] = {}  # ty: ignore
+    environment_weight: float = 1.0
+    """Weight of the environment's own part in the reward; 0 leaves it to be looked at."""
+    group_filters: named(plug("group_filter")) = {}  # ty: ignore
     """By name; a group that one of them drops is replaced."""
-    sample_filters: dict[str, plug("sample_filter")] = {}  # ty: ignore
+    sample_filters: named(plug("sample_filter")) = {}  # ty: ignore
     """By name; a sample that one of them takes out is not trained on."""
     epochs: int = Field(1, gt=0)
     """How often each batch is gone through."""
@@ -140,7 +149,7 @@ class StageConfig(Tree):
     """Optimizer steps an epoch."""
     max_staleness: int = Field(0, ge=0)
     """Versions by which training data may be old. 0: exact alternation of rollout and training."""
-    evaluators: dict[Name, plug("evaluator")] = {}  # ty: ignore
+    evaluators: named(plug("evaluator")) = {}  # ty: ignore
     every: Every = Every()
     deadlines: Deadlines = Deadlines()
 
@@ -154,14 +163,14 @@ class RunConfig(Tree):
     runs_dir: Path = Path("runs")
     """Where run directories are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    trackers: dict[str, plug("tracker")] = Field(default={"tensorboard": {"use": "tensorboard"}}, validate_default=True)  # ty: ignore
+    trackers: named(plug("tracker")) = Field(default={"tensorboard": {"use": "tensorboard"}}, validate_default=True)  # ty: ignore
     """By name, beside ``metrics.jsonl``, which is always written."""
-    hooks: dict[str, plug("hook")] = {}  # ty: ignore
+    hooks: named(plug("hook")) = {}  # ty: ignore
     keep_checkpoints: int = Field(2, gt=0)
     """Newest cuts that are kept."""
     import_from: list[Path] = []
     """Directories in which plug-in modules are found (the recipe's own is added)."""
-    stages: dict[Name, StageConfig]
+    stages: named(StageConfig)  # ty: ignore
 
     def to_yaml(self) -> str:
         """The resolved configuration; ``from_resolved`` reads it back."""
@@ -173,6 +182,12 @@ class RunConfig(Tree):
         aside = dict.fromkeys(("runs_dir", "trackers", "hooks", "keep_checkpoints", "import_from"), True)
         data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
         return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()
+
+    @staticmethod
+    def from_mapping(data: dict[str, Any]) -> RunConfig:
+        """Validate a mapping as a whole run. Raises ConfigError as ``resolve`` does."""
+        add_import_directories(data.get("import_from", []))
+        return _validate(Recipe(data, {(): "the configuration"}), data)
 
     @staticmethod
     def from_resolved(path: Path) -> RunConfig:
@@ -203,7 +218,7 @@ def resolve(name: str, overrides: list[str] | None = None) -> RunConfig:
     common = {k: v for k, v in recipe.data.items() if k not in RUN_KEYS}
     run = {k: v for k, v in recipe.data.items() if k in RUN_KEYS and k != "stages"}
     stages = recipe.data.get("stages") or {"main": {}}
-    run["stages"] = {stage: merge(common, overlay or {}) for stage, overlay in stages.items()}
+    run["stages"] = {stage: merge(common, overlay) for stage, overlay in stages.items()}
     given = run.get("import_from") or []
     if isinstance(given, list):  # else validation says what it is
         run["import_from"] = [*given, *map(str, recipe.directories)]

@@ -27,6 +27,8 @@ class Sampled(PluginConfig):
     """Only the first so many; all by default."""
     rollout: plug("rollout") | None = None  # ty: ignore
     """How they are played, ``trajectories`` with options; the stage's rollout by default."""
+    rewards: dict[str, plug("reward")] | None = None  # ty: ignore
+    """What they are scored by beside the environment, whose part weighs 1; the stage's rewards and weights by default."""
     samples: int = Field(1, gt=0)
     """Trajectories a prompt: the k of avg@k and pass@k."""
     sampling: Sampling | None = None
@@ -56,7 +58,9 @@ class SampledEvaluator:
         self.config = config
         self.data: DataSource = config.data.build(context)
         self.rollout: Rollout = played.model_copy(update=own).build(context)
-        self.scorer = Scorer(context.stage.rewards, context)
+        stage = context.stage
+        by_stage = config.rewards is None
+        self.scorer = Scorer(stage.rewards, context, stage.environment_weight) if by_stage else Scorer(config.rewards, context)
 
     async def evaluate(self, players: Players) -> Evaluation:
         """Metrics: ``avg@k`` (mean success), ``pass@k`` (prompts with a success), reward, length, truncated (shares and means)."""

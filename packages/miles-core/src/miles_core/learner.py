@@ -9,7 +9,7 @@ import numpy as np
 
 from .batch import Batch
 from .config import ModelConfig, StageConfig
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .plan import optimizer_steps
 from .prefixes import mean_over_branches, row_owners, train_once
 from .protocols import Advantage, Correction, Kl, SampleFilter, StepReport, Trainer, Unit
@@ -58,7 +58,7 @@ class Learner:
     @property
     def reward_weights(self) -> dict[str, float]:
         """Weight of each named part in the reward."""
-        return {"environment": 1.0} | {name: reward.weight for name, reward in self.stage.rewards.items()}
+        return {"environment": self.stage.environment_weight} | {name: reward.weight for name, reward in self.stage.rewards.items()}
 
     def prepare(self, refs: Sequence[SampleRef], step: int) -> Batch:
         """Which samples are trained, and in which optimizer steps. Shared prefixes are trained once."""
@@ -88,7 +88,10 @@ class Learner:
         return batch
 
     def advantages(self, batch: Batch) -> Batch:
-        """Advantages of the whole batch; a row that branches share is trained once, with the mean of the branches'."""
+        """Advantages of the whole batch, then corrections and what losses want to know of it.
+
+        A row that branches share is trained once, with the mean of the branches' advantages.
+        """
         if self.advantage is not None:
             from .algorithms.credit import advantage_columns
 
@@ -102,6 +105,11 @@ class Learner:
             from .algorithms.credit import corrected
 
             batch = corrected(batch, self.corrections, self.metrics)
+        for name, loss in self.model(self.policy).losses.items():
+            added = loss.columns_from(batch, self.seed)
+            if taken := added.keys() & batch.columns.keys():
+                raise ConfigError(f"loss {name!r} adds the column {min(taken)!r}, which another has added; use one of the two")
+            batch = batch.with_columns(added)
         return batch
 
     async def step(self, batch: Batch, stage_step: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from .refs import GroupRef, SampleRef
 from .run_dir import RunDir
 from .sample import Status
 from .sample_io import save_samples
+from .trace import Trace
 from .waiting import deadline
 
 
@@ -46,6 +47,7 @@ class Loop:
         config_hash: What ties a cut to the configuration.
         keep: Cuts that are kept.
         step: Steps of this stage that are done.
+        trace: Gets every phase as a span.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Loop:
     stopping: bool = False
     """Set by ``request_stop``: the step in progress is finished and saved, then the stage ends."""
     saved_step: int = -1
+    trace: Trace = field(default_factory=lambda: Trace(None))
     row: dict[str, float | int | str] = field(default_factory=dict)
     """Metrics of the step in progress."""
     _between_steps: bool = True
@@ -259,7 +262,8 @@ class Loop:
     def _phase(self, name: str) -> Generator[None]:
         self.observer.phase(name)
         began = time.perf_counter()
-        yield
+        with self.trace.span(name, step=self.version):
+            yield
         self.row[f"time/{name}"] = float(self.row.get(f"time/{name}", 0.0)) + time.perf_counter() - began
 
 

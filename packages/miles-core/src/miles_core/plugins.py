@@ -21,14 +21,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, SerializeAsAny, create_model
 
 from . import protocols
 from .errors import MilesError, PluginError
 from .protocol_check import check_protocol
 from .protocols import BuildContext, Unit
+
+if TYPE_CHECKING:
+    from .batch import Batch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,6 +98,13 @@ class PluginConfig(BaseModel):
         return built
 
 
+class TrainerConfig(PluginConfig):
+    """What every trainer has beside its own options."""
+
+    brings_weights: ClassVar[bool] = False
+    """Whether it has its model and loss itself (``@miles.update``), so that the recipe names neither."""
+
+
 class AdvantageConfig(PluginConfig):
     """What every advantage has beside its own options."""
 
@@ -116,6 +127,10 @@ class LossConfig(PluginConfig):
 
     coefficient: float = 1.0
     """Factor of this term in the sum of terms."""
+
+    def columns_from(self, batch: Batch, seed: int) -> dict[str, np.ndarray]:
+        """Columns [N] that the term reads and that are a matter of the whole batch, after advantages and corrections; none here."""
+        return {}
 
 
 class RewardConfig(PluginConfig):
@@ -158,7 +173,7 @@ POINTS: dict[str, Point] = {
         Point("ratio_correction", protocols.Correction, "weights or drops rows that the engine sampled differently"),
         Point("aggregation", protocols.Aggregation, "how rows add up to the loss"),
         Point("rollout_engine", protocols.RolloutEngine, "samples tokens from a policy"),
-        Point("trainer", protocols.Trainer, "holds weights and optimizer"),
+        Point("trainer", protocols.Trainer, "holds weights and optimizer", TrainerConfig),
         Point("weight_transport", protocols.WeightTransport, "carries weights to engines"),
         Point("tracker", protocols.Tracker, "takes metrics somewhere"),
         Point("evaluator", protocols.Evaluator, "measures a policy on data of its own"),
@@ -173,14 +188,19 @@ def decorator(point: str) -> Callable[..., Any]:
     """The decorator of a point: ``@miles.reward`` or ``@miles.reward(name="brevity", needs={"values"})``."""
 
     def decorate(obj: F | None = None, *, name: str | None = None, **declared: Any) -> Any:
-        def register(obj: F) -> F:
+        def note(obj: F) -> F:
             obj.__miles__ = declared  # ty: ignore[missing-attribute]
-            _DECORATED[point, name or obj.__name__] = obj  # ty: ignore[missing-attribute]
+            register(point, name or obj.__name__, obj)  # ty: ignore[missing-attribute]
             return obj
 
-        return register if obj is None else register(obj)
+        return note if obj is None else note(obj)
 
     return decorate
+
+
+def register(point: str, name: str, obj: Any) -> None:
+    """Let ``use: name`` find an object of this process at a point."""
+    _DECORATED[point, name] = obj
 
 
 def import_object(path: str) -> Any:
@@ -267,6 +287,8 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
     if inspect.isclass(obj) and issubclass(obj, PluginConfig):
         if obj.point != point:
             raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
+        if not issubclass(obj, base := POINTS[point].config_base):
+            raise PluginError(f"{point} {use!r} of {origin}: its options {obj.__name__} must derive from miles_core.plugins.{base.__name__}")
         return obj
     if not (inspect.isroutine(obj) or inspect.isclass(obj)):
         raise PluginError(f"{point} {use!r} of {origin} is a {type(obj).__name__}; expected a function, a class or a PluginConfig")
@@ -304,6 +326,7 @@ DECLARED: dict[tuple[str, str], tuple] = {
     ("loss", "unit"): ("token", "sequence", "pair", "group"),
     ("loss", "head"): ("language", "scalar"),
     ("advantage", "per_token"): (True, False),
+    ("trainer", "brings_weights"): (True, False),
 }
 """What a decorator may declare beside needs and gives, by point, and the values it may have."""
 

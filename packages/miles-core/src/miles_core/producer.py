@@ -13,7 +13,8 @@ from .protocols import GroupFilter, Players, Prompt, Rollout, RolloutContext
 from .refs import GroupRef
 from .sample import Group, Sample, Status
 from .scoring import Scorer
-from .waiting import deadline
+from .trace import Trace
+from .waiting import call, deadline
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Producer:
         group_seconds: Deadline of one group.
         attempts: How often a group is issued when infrastructure fails.
         position: Next position in the data.
+        trace: Gets every group as a task.
         reissue: Positions that were in flight at the cut this run resumed from; they go first.
     """
 
@@ -44,6 +46,7 @@ class Producer:
     position: int = 0
     reissue: list[int] = field(default_factory=list)
     on_group: Callable[[GroupRef | None], None] = lambda group: None
+    trace: Trace = field(default_factory=lambda: Trace(None))
     _flying: dict[asyncio.Task, int] = field(default_factory=dict)
     _main: asyncio.Task | None = None
 
@@ -81,7 +84,8 @@ class Producer:
             prompt, epoch = self.cursor.prompt(position), self.cursor.epoch(position)
             context = self.players.context(f"e{epoch}-{prompt.id}", epoch)
             what = f"group {context.group} (rollout and rewards)"
-            group = await deadline(self._play(prompt, context), self.group_seconds, "the producer", what, "Raise deadlines.group.")
+            with self.trace.task("group", context.group, position=position):
+                group = await deadline(self._play(prompt, context), self.group_seconds, "the producer", what, "Raise deadlines.group.")
             reason = self._reason_to_drop(group)
             if reason is None:
                 ref = GroupRef.of(group, position)
@@ -101,17 +105,16 @@ class Producer:
         samples = await self._sample(prompt, context)
         _check_ids(samples, context)
         for sample in samples:
-            vocab_size = self.players.vocab_sizes.get(sample.id.policy)
-            if vocab_size is None:
+            if sample.id.policy not in self.players.policies:
                 raise DataError(f"sample {sample.id} belongs to no policy of this stage ({', '.join(self.players.policies)})")
-            sample.validate(vocab_size=vocab_size, rl=sample.n_sampled > 0)
+            sample.validate(vocab_size=self.players.vocab_sizes.get(sample.id.policy), rl=sample.n_sampled > 0)
         await self.scorer.score_group(samples)
         return Group(context.group, samples)
 
     async def _sample(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
         for attempt in range(self.attempts):
             try:
-                samples = await self.rollout(prompt, replace(context, attempt=attempt))
+                samples = await call(self.rollout, prompt, replace(context, attempt=attempt))
                 _check_ended(samples)
             except InfrastructureFailure as failure:
                 last: Exception = failure

@@ -12,8 +12,8 @@ from .errors import PluginError
 def check_protocol(obj: Any, protocol: type, point: str, origin: str) -> None:
     """Raise a PluginError that says what is missing if ``obj`` does not keep the point's Protocol.
 
-    Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (a sync function
-    may stand for a Reward's and vice versa).
+    Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (rewards and rollouts may
+    be either; the plain ones are called in threads).
     """
     members = {
         n: m
@@ -32,7 +32,7 @@ def check_protocol(obj: Any, protocol: type, point: str, origin: str) -> None:
         function = method.func if isinstance(method, functools.partial) else method
         if not inspect.isroutine(function) and not inspect.isclass(function):
             function = function.__call__
-        if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(wanted) and point != "reward":
+        if inspect.iscoroutinefunction(function) != inspect.iscoroutinefunction(wanted) and point not in ("reward", "rollout"):
             raise PluginError(
                 f"{origin}: {name} must be {'async' if inspect.iscoroutinefunction(wanted) else 'a plain function'}: {signature}"
             )

@@ -127,7 +127,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     if parent is None:
         return recipe
     below = _read(_find_parent(parent, path, recipe.origin(("extends",))), (*seen, path))
-    return Recipe(merge(below.data, data), below.origins | recipe.origins, recipe.directories + below.directories)
+    merged = merge(below.data, data)
+    if (
+        isinstance(data.get("stages"), dict)
+        and isinstance(below.data.get("stages"), dict)
+        and below.data["stages"].keys() <= data["stages"].keys()
+    ):
+        merged["stages"] = {name: merged["stages"][name] for name in data["stages"]}  # it names them all: its order counts
+    return Recipe(merged, below.origins | recipe.origins, recipe.directories + below.directories)
 
 
 def _find_parent(parent: Any, path: Path, where: str) -> Path:

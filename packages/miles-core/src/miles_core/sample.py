@@ -153,6 +153,40 @@ class Sample:
             built[name] = empty_column(spec, len(tokens)) if values is None else np.asarray(values, dtype=spec.dtypes[0])
         return Sample(id, built | (columns or {}), **fields)
 
+    @staticmethod
+    def answer(
+        id: SampleId,
+        prompt_tokens: Sequence[int],
+        tokens: Sequence[int],
+        logprobs: Sequence[float],
+        *,
+        version: int,
+        temperature: float = 1.0,
+        **fields: Any,
+    ) -> Sample:
+        """A single turn: a prompt, and an answer that weights of ``version`` sampled and that is trained.
+
+        Args:
+            id: Which sample.
+            prompt_tokens: At least one.
+            tokens: What was sampled.
+            logprobs: Of each of them, under the distribution at ``temperature``.
+            version: Weight version that sampled them.
+            temperature: What the logits were divided by.
+            fields: ``reward``, ``prompt``, ``label``, ``status``, ``metadata`` …
+        """
+        p, n = len(prompt_tokens), len(tokens)
+        return Sample.of(
+            id,
+            [*prompt_tokens, *tokens],
+            versions=[-1] * p + [version] * n,
+            loss_mask=[False] * p + [True] * n,
+            logprobs=[np.nan] * p + list(logprobs),
+            spans=[SamplingSpan(p, p + n, temperature)] if n else [],
+            turns=[Turn("user", 0, p)] + ([Turn("assistant", p, p + n)] if n else []),
+            **fields,
+        )
+
     def __len__(self) -> int:
         return len(self.columns["tokens"])
 

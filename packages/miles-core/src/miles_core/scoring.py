@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +10,14 @@ from .errors import DataError, MilesError, RunError
 from .plugins import RewardConfig
 from .protocols import BuildContext, Reward
 from .sample import Sample
-from .waiting import deadline, gather, in_daemon_thread
+from .waiting import call, deadline, gather
 
 
 class Scorer:
     """Calls the rewards of a stage, with a deadline each, and checks what they give."""
 
-    def __init__(self, configs: Mapping[str, RewardConfig], context: BuildContext):
+    def __init__(self, configs: Mapping[str, RewardConfig], context: BuildContext, environment_weight: float = 1.0):
+        self.environment_weight = environment_weight
         self.rewards: dict[str, tuple[RewardConfig, Reward]] = {n: (c, c.build(context)) for n, c in configs.items()}
 
     async def score_group(self, samples: Sequence[Sample]) -> None:
@@ -53,9 +53,9 @@ class Scorer:
     async def _call(self, name: str, config: RewardConfig, reward: Reward, argument: Any, scored: Sequence[Sample]) -> list[float]:
         """Values for ``scored``, checked."""
         subject = f"reward {name!r} of sample {scored[0].id}" + (f" and {len(scored) - 1} more" if len(scored) > 1 else "")
-        called = reward(argument) if _is_async(reward) else in_daemon_thread(reward, argument)
         try:
-            given = await deadline(called, config.timeout_s, subject, "its function", "Raise the reward's timeout_s, or mend the function.")
+            advice = "Raise the reward's timeout_s, or mend the function."
+            given = await deadline(call(reward, argument), config.timeout_s, subject, "its function", advice)
         except MilesError:
             raise
         except Exception as error:
@@ -69,11 +69,11 @@ class Scorer:
         return [_finite(name, value, sample) for value, sample in zip(given, scored, strict=True)]
 
     def _total(self, samples: Sequence[Sample]) -> None:
-        """``reward`` = the environment's part + Σ weight · part; without any part it stays None.
+        """``reward`` = Σ weight · part, the environment's included; without any part it stays None.
 
         A trajectory has one reward: a part that only some of its samples have counts for all of them.
         """
-        weights = {"environment": 1.0} | {n: c.weight for n, (c, _) in self.rewards.items()}
+        weights = {"environment": self.environment_weight} | {n: c.weight for n, (c, _) in self.rewards.items()}
         parts: dict[Trajectory, dict[str, float]] = {}
         for sample in samples:
             found = parts.setdefault(_trajectory(sample), {})
@@ -121,8 +121,3 @@ def _finite(name: str, value: Any, sample: Sample) -> float:
     if not isinstance(number, bool | int | float) or not math.isfinite(number):
         raise DataError(f"reward {name!r} of sample {sample.id} is {value!r}; a reward is one finite number")
     return float(number)
-
-
-def _is_async(function: Any) -> bool:
-    function = getattr(function, "func", function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -42,6 +43,17 @@ async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call user code: a coroutine function here, a plain one in a thread of its own."""
+    return await (function(*arguments) if is_async(function) else in_daemon_thread(function, *arguments))
+
+
+def is_async(function: Any) -> bool:
+    """Whether a function, a partial of one or an object with ``__call__`` is a coroutine function."""
+    function = getattr(function, "func", function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from miles_core.plugins import PluginConfig
+from miles_core.plugins import PluginConfig, TrainerConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TorchTrainerConfig(PluginConfig):
+class TorchTrainerConfig(TrainerConfig):
     """A Hugging Face causal language model and AdamW, in one process."""
 
     point: ClassVar[str] = "trainer"

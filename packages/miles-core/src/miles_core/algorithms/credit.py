@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .segments import SegmentOps
 from ..batch import Batch
 from ..errors import DataError, PluginError
-from ..protocols import Advantage, AdvantageInputs, Correction, CorrectionInputs, Kl
+from ..protocols import Advantage, AdvantageInputs, Correction, CorrectionInputs, CorrectionOutputs, Kl
+from .segments import SegmentOps
 
 
 def advantage_columns(
@@ -27,7 +27,8 @@ def advantage_columns(
         metrics: Gets ``kl_reward/mean``, the penalised divergence a trained token.
 
     Raises:
-        PluginError: The advantage gives something else than one finite number a trained row.
+        PluginError: The advantage gives something else than one number a row.
+        DataError: One of a trained row is not finite in float32; names the sample.
     """
     ops, columns = SegmentOps.of(batch), _tensors(batch)
     token_rewards = None
@@ -42,7 +43,7 @@ def advantage_columns(
     for name, column in named.items():
         if column.shape != ops.mask.shape:
             raise PluginError(f"the advantage gave {name!r} of shape {list(column.shape)}; expected one a row, {list(ops.mask.shape)}")
-        _refuse_non_finite(batch, ops.mask, column, f"the advantage's {name!r}")
+        _refuse_non_finite(batch, ops.mask, column.to(torch.float32), f"the advantage's {name!r}")
     return {name: column.to(torch.float32).numpy() for name, column in named.items()}
 
 
@@ -53,7 +54,8 @@ def corrected(batch: Batch, corrections: Mapping[str, Correction], metrics: dict
     ``correction/<name>/dropped``, the share of trained rows that left.
 
     Raises:
-        DataError: A trained token has no rollout log-probability; names the sample.
+        DataError: A trained token lacks a log-probability, or has a weight that is not finite in float32; names the sample.
+        PluginError: A correction gives something else than one weight, or one bool, a row.
     """
     columns = _tensors(batch)
     weights = torch.ones(batch.n_rows, dtype=torch.float64)
@@ -65,10 +67,11 @@ def corrected(batch: Batch, corrections: Mapping[str, Correction], metrics: dict
         out = correction(
             CorrectionInputs(columns["old_logprobs"].double(), columns["logprobs"].double(), columns["advantages"].double(), ops)
         )
+        _refuse_odd_rows(out, ops, name)
         metrics |= {f"correction/{name}/{key}": value for key, value in out.metrics.items()}
         if out.weights is not None:
-            _refuse_non_finite(batch, ops.mask, out.weights, f"a weight of correction {name!r}")
             weights = weights * torch.where(ops.mask, out.weights, 1.0)
+            _refuse_non_finite(batch, ops.mask, weights.to(torch.float32), f"after correction {name!r} a weight")
         if out.keep is not None:
             mask = ops.mask & out.keep
             metrics[f"correction/{name}/dropped"] = 1.0 - float(mask.sum()) / max(int(ops.mask.sum()), 1)
@@ -89,6 +92,13 @@ def _reward_parts(batch: Batch) -> dict[str, Tensor]:
 def _refuse_non_finite(batch: Batch, mask: Tensor, column: Tensor, what: str) -> None:
     if (bad := mask & ~column.isfinite()).any():
         raise DataError(f"{what} is {float(column[bad][0])} for sample {_sample(batch, bad)}; every trained token needs a finite one")
+
+
+def _refuse_odd_rows(out: CorrectionOutputs, ops: SegmentOps, name: str) -> None:
+    for what, rows in (("weights", out.weights), ("keep", out.keep)):
+        if rows is not None and (rows.shape != ops.mask.shape or (what == "keep" and rows.dtype != torch.bool)):
+            expected = f"one {'bool' if what == 'keep' else 'number'} a row, {list(ops.mask.shape)}"
+            raise PluginError(f"correction {name!r} gave {what} as {rows.dtype} of shape {list(rows.shape)}; expected {expected}")
 
 
 def _sample(batch: Batch, rows: Tensor) -> str:

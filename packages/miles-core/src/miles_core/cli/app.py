@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +17,8 @@ from rich.table import Table
 
 from ..config import RunConfig, resolve
 from ..errors import MilesError
-from ..run import Outcome, Run
 from ..run_dir import RunDir
+from ..runner import Outcome
 
 app = typer.Typer(
     help="Post-train language models with reinforcement learning.",
@@ -131,34 +130,16 @@ def doctor(json_: JsonOption = False) -> None:
 
 
 def _drive(config: RunConfig, directory: RunDir | None, as_json: bool) -> None:
-    """Run or resume under a live view, with Ctrl-C as a request to stop; report the end."""
-    from .live import JsonView, LiveView
+    """Run or resume, and report the end."""
+    from .drive import drive
 
-    with JsonView() if as_json else LiveView(config, console) as view:
-        runner = Run(config, view)
-        outcome = asyncio.run(_until_done(runner, directory))
+    outcome = drive(config, directory, as_json)
     if as_json:
         print(json.dumps({"run_dir": str(outcome.run_dir), "steps": outcome.steps, "finished": outcome.finished}))
     else:
         _report(outcome)
     if not outcome.finished:
         raise typer.Exit(130)
-
-
-async def _until_done(runner: Run, directory: RunDir | None) -> Outcome:
-    loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(runner.start() if directory is None else runner.resume(directory))
-
-    def interrupted() -> None:
-        runner.request_stop()
-        errors.print("\n[yellow]Stopping after this step[/] (Ctrl-C again: at once, what is since the last cut is lost)")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-        loop.add_signal_handler(signal.SIGINT, task.cancel)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted)
-    return await task
 
 
 def _report(outcome: Outcome) -> None:

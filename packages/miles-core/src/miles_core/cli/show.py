@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.tree import Tree
 
-from ..config import RunConfig, StageConfig
+from ..config import ModelConfig, RunConfig, StageConfig
 
 
 def first_comment(path: Path) -> str:
@@ -25,14 +25,28 @@ def plan(config: RunConfig) -> Tree:
         branch.add(f"rollout {stage.rollout.use}{_size(stage)} over {stage.data.use}; rewards: {rewards}")
         for model_name, model in stage.models.items():
             made = f"a new {model.config.get('model_type')}" if model.config else f"the weights of {model.of or 'the policy'}"
-            losses = ", ".join(plugin.use for plugin in model.losses.values())
-            engine = f", engine {model.engine.use}" if model.engine else ""
-            advantage = f", advantage {model.advantage.use}" if model.advantage else ""
-            parts = f"trainer {model.trainer.use}{engine}{advantage}, loss {losses} by {model.aggregation.use}"
-            branch.add(f"{model.role} [bold]{model_name}[/] from {model.path or made}: {parts}")
+            origin = (
+                f"trainer {model.trainer.use}"
+                if model.trainer.brings_weights
+                else f"from {model.path or made}, trainer {model.trainer.use}"
+            )
+            branch.add(f"{model.role} [bold]{model_name}[/] {origin}{_learning(model)}")
         for evaluator, plugin in stage.evaluators.items():
             branch.add(f"evaluator {evaluator} ({plugin.use}) every {stage.every.evaluate} steps")
     return tree
+
+
+def _learning(model: ModelConfig) -> str:
+    """Engine and objective: ``, engine local, advantage grpo, correction tis, loss ppo_clip + 0.1 kl by token_mean``."""
+    engine = f", engine {model.engine.use}" if model.engine else ""
+    if not model.losses:
+        return engine
+    terms = [(f"{loss.coefficient:g} " if loss.coefficient != 1 else "") + loss.use for loss in model.losses.values()]
+    advantage = f", advantage {model.advantage.use}" if model.advantage else ""
+    kl = f" with {model.kl_reward.coefficient:g} {model.kl_reward.estimator.use} in the reward" if model.kl_reward else ""
+    corrections = f", correction {' × '.join(c.use for c in model.corrections.values())}" if model.corrections else ""
+    frozen = f", frozen for {model.frozen_steps} steps" if model.frozen_steps else ""
+    return f"{engine}{advantage}{kl}{corrections}, loss {' + '.join(terms)} by {model.aggregation.use}{frozen}"
 
 
 def _mode(stage: StageConfig) -> str:

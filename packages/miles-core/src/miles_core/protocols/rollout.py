@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ..randomness import key
 from ..sample import Group, Sample, SampleId
 from .data import Prompt, Tokenizer
 from .engine import RolloutEngine, SamplingParams
@@ -100,6 +101,14 @@ class RolloutContext:
     evaluating: bool = False
     attempt: int = 0
 
+    def sample_id(self, prompt: Prompt, trajectory: int, branch: int = 0) -> SampleId:
+        """The id of a sample of the main policy."""
+        return SampleId(self.run, self.policies[0], prompt.id, self.group, trajectory, branch, self.attempt)
+
+    def key(self, prompt: Prompt, trajectory: int) -> int:
+        """The 64-bit randomness key of a trajectory of the main policy: the same whenever and wherever it is played."""
+        return key(self.seed, self.policies[0], self.epoch, prompt.id, trajectory, self.attempt)
+
 
 @dataclass(frozen=True)
 class Players:
@@ -108,7 +117,7 @@ class Players:
     Attributes:
         run, seed: Of the run.
         policies: Names, the main one first.
-        engines, tokenizers, vocab_sizes: By policy.
+        engines, tokenizers, vocab_sizes: By policy; policies that a user's own loop trains have no tokenizer here.
     """
 
     run: str
@@ -127,7 +136,10 @@ class Rollout(Protocol):
     """A whole group: everything between a prompt and the samples it gives. Writing one is all a new task type needs."""
 
     async def __call__(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
-        """The group's samples, all of them ended. Raises InfrastructureFailure to have the group issued again."""
+        """The group's samples, all of them ended. Raises InfrastructureFailure to have the group issued again.
+
+        A plain function will do: it is called in a thread.
+        """
         ...
 
 
