@@ -12,7 +12,7 @@ from fixtures.samples import answer, random_samples, sample_id
 
 from miles_core.batch import Batch
 from miles_core.plugins import config_class
-from miles_core.protocols import AdvantageInputs, BuildContext, LossInputs
+from miles_core.protocols import BuildContext, LossInputs
 from miles_core.refs import SampleRef
 
 NEW = np.array([[-1, -0.5, -2, -0.3], [-0.2, -1.5, -0.7, 0]])
@@ -58,64 +58,6 @@ def loss_and_gradient(torch, batch, loss, logprobs, columns, dtype="float64"):
     share = ops.share(outputs.loss, built("aggregation", "token_mean")(ops))
     share.backward()
     return share.item(), x.grad.numpy(), outputs
-
-
-# ---- advantages ----------------------------------------------------------------------------------------------------------
-
-REWARDS = [1.0, 0.0, 1.0, 0.0, 0.5, 0.5]  # two groups of three
-
-
-def advantages(torch, batch, **options):
-    from miles_core.algorithms.segments import SegmentOps
-
-    inputs = AdvantageInputs(torch.from_numpy(batch.rewards), {}, SegmentOps.of(batch))
-    return built("advantage", "grpo", **options)(inputs).numpy()
-
-
-@pytest.mark.parametrize(
-    ("options", "golden"),
-    [
-        ({}, [0.577349, -1.154699, 0.577349, -1.154697, 0.577348, 0.577348]),
-        ({"scale": "none"}, [1 / 3, -2 / 3, 1 / 3, -1 / 3, 1 / 6, 1 / 6]),
-    ],
-)
-def test_grpo_has_the_golden_values(torch, options, golden):
-    samples = [answer(sample_id(i % 3, group=f"g{i // 3}"), [5], [10, 11], reward=r) for i, r in enumerate(REWARDS)]
-    batch = batch_of(samples)
-    rows = advantages(torch, batch, **options).reshape(6, 3)
-    np.testing.assert_allclose(rows[:, 0], golden, atol=1e-6)
-    assert (rows == rows[:, :1]).all()  # the same on every row of a sample
-
-
-def numpy_grpo(samples, scale):
-    """By group, over trajectories, each counted once; one number a sample."""
-    out = []
-    for sample in samples:
-        rewards = {s.id.trajectory: s.reward for s in samples if s.id.group == sample.id.group}
-        values = np.array(list(rewards.values()))
-        centred = sample.reward - values.mean()
-        deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-        out.append(centred / (deviation + 1e-6) if scale == "std" else centred)
-    return np.array(out)
-
-
-@pytest.mark.parametrize("scale", ["std", "none"])
-@pytest.mark.parametrize("seed", range(12))
-def test_grpo_counts_every_trajectory_once_in_ragged_batches(torch, seed, scale):
-    """Groups of one to four trajectories of one to three samples each, some with equal rewards, some samples not trained at all."""
-    samples = random_samples(seed, groups=6)
-    np.random.default_rng(seed).shuffle(samples)  # nothing may depend on samples standing together
-    batch = batch_of(samples)
-    expected = np.repeat(numpy_grpo(samples, scale), batch.lengths)
-    np.testing.assert_allclose(advantages(torch, batch, scale=scale), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("scale", ["std", "none"])
-def test_a_group_of_one_and_a_group_of_equals_have_advantage_zero(torch, scale):
-    one = [answer(sample_id(0, group="one"), [5], [10], reward=3.0)]
-    equal = [answer(sample_id(t, group="equal"), [5], [10], reward=0.7) for t in range(4)]
-    rows = advantages(torch, batch_of(one + equal), scale=scale)
-    np.testing.assert_allclose(rows, 0.0, atol=1e-9)
 
 
 # ---- the clipped surrogate -----------------------------------------------------------------------------------------------

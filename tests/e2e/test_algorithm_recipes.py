@@ -58,7 +58,7 @@ def senseless(advantage: str, loss: str) -> str | None:
     """What ``miles check`` must refuse of a combination, as part of its sentence."""
     if loss == "gspo" and config_class("advantage", advantage).per_token:
         return "token_advantages"
-    if loss in PAIRS and advantage != "preference":
+    if loss in PAIRS and config_class("advantage", advantage).per_token:
         return "preference"
     return None
 

@@ -152,6 +152,86 @@ def test_what_does_not_go_together_is_said_with_what_to_do(changes, expected):
     assert all(line.startswith("stage main: ") for line in said)
 
 
+PPO = {"use": "ppo_clip"}
+TIS = {"tis": {"use": "tis"}}
+PAIRS = {"losses": {"d": {"use": "dpo"}}, "advantage": "preference", "aggregation": "sequence_mean"}
+JUDGE = {"role": "reward", "of": "policy", "trainer": HERE + "trainer", "transport": HERE + "wire"}
+VALUE_CRITIC = CRITIC | {"losses": {"v": {"use": "value_clip"}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (  # a KL divergence twice
+            {"models.ref": REFERENCE, "models.policy.kl_reward": {"coefficient": 0.1}, "models.policy.losses.kl": "kl"},
+            ["kl_reward and a kl loss are both given", "keep one"],
+        ),
+        ({"models.policy.kl_reward": {"coefficient": 0.1}}, ["kl_reward needs 'ref_logprobs'", "role: reference"]),
+        ({"models.policy.losses.kl": "kl"}, ["loss 'kl' needs 'ref_logprobs'", "role: reference"]),
+        # a correction that has nothing to compare
+        ({"models.policy.corrections": TIS, "models.policy.losses.ppo": PPO | {"old": "rollout"}}, ["old: rollout", "use old: recompute"]),
+        ({"models.policy.corrections": TIS, "models.policy.losses.ppo": PPO | {"old": "current"}}, ["old: current", "use old: recompute"]),
+        ({"models.policy.corrections": TIS, "rollout": HERE + "play"}, ["corrections compare with the rollout's 'logprobs'"]),
+        ({"models.policy.corrections": TIS, "models.policy.advantage": ...}, ["corrections weigh policy-gradient terms"]),
+        # a ratio for a whole sequence, advantages for each token
+        (
+            {"models.critic": VALUE_CRITIC, "models.policy.advantage": "gae", "models.policy.losses.ppo": {"use": "gspo"}},
+            ["loss 'gspo'", "advantage 'gae' differs between tokens", "token_advantages"],
+        ),
+        ({"models.policy.advantage": "gae"}, ["advantage 'gae' needs 'values'", "role: critic"]),
+        ({"models.critic": VALUE_CRITIC}, ["model critic", "needs 'returns'", "gae"]),
+        # pairs
+        ({"models.policy": GOOD["models"]["policy"] | PAIRS, "models.ref": REFERENCE}, ["needs 'pairs'", "read_pairs"]),
+        (
+            {"models.policy": GOOD["models"]["policy"] | PAIRS | {"aggregation": "token_mean"}, "models.ref": REFERENCE},
+            ["loss 'dpo' is one number a pair", "sequence_mean"],
+        ),
+        (
+            {"models.policy": GOOD["models"]["policy"] | PAIRS | {"advantage": "reinforce_pp"}, "models.ref": REFERENCE},
+            ["loss 'dpo'", "'reinforce_pp' differ between tokens", "preference"],
+        ),
+        # heads
+        ({"models.policy.losses.v": "value_clip"}, ["loss 'value_clip' belongs to a critic or reward model, this is a policy"]),
+        ({"models.judge": JUDGE | {"losses": {"l": {"use": "ppo_clip"}}}}, ["'ppo_clip' belongs to a policy, this is a reward"]),
+        ({"models.policy.frozen_steps": 3}, ["frozen_steps is 3 of 3 steps"]),
+        ({"models.policy.advantage": "opd"}, ["advantage 'opd' needs 'teacher_logprobs'", "role: teacher"]),
+        ({"models.policy.advantage": {"use": "opd", "base": "gae"}}, ["'values'", "role: critic"]),
+        ({"models.policy.advantage": {"use": "pass_at_k", "k": 9}}, ["k is 9, but groups have 4"]),
+        ({"models.policy.losses.ppo": {"use": "clip_cov", "old": "current"}}, ["loss 'clip_cov'", "recompute or rollout"]),
+    ],
+)
+def test_algorithms_that_are_right_alone_and_wrong_together_are_refused(changes, expected):
+    said = problems(changes)
+    assert any(all(piece in line for piece in expected) for line in said), said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"models.ref": REFERENCE, "models.policy.kl_reward": {"coefficient": 0.1}},
+        {"models.ref": REFERENCE, "models.policy.losses.kl": {"use": "kl", "coefficient": 0.1, "estimator": "k2"}},
+        {"models.policy.corrections": {"tis": {"use": "tis"}, "veto": "veto"}},
+        {
+            "models.critic": VALUE_CRITIC,
+            "models.policy.advantage": "gae",
+            "models.policy.losses.ppo": {"use": "gspo", "token_advantages": True},
+        },
+        {"models.critic": VALUE_CRITIC, "models.policy.advantage": "gae", "models.policy.frozen_steps": 2},
+        {"rollout": "read_pairs", "models.policy": GOOD["models"]["policy"] | PAIRS, "models.ref": REFERENCE},
+        {"rollout.group_size": 2, "models.policy": GOOD["models"]["policy"] | PAIRS, "models.ref": REFERENCE},
+        {"models.teacher": REFERENCE | {"role": "teacher"}, "models.policy.advantage": "opd"},
+        {
+            "rollout": "read_pairs",
+            "models": {
+                "judge": JUDGE | {"losses": {"b": {"use": "bradley_terry"}}, "advantage": "preference", "aggregation": "sequence_mean"}
+            },
+        },
+    ],
+)
+def test_combinations_that_make_sense_are_left_alone(changes):
+    assert problems(changes) == []
+
+
 def test_old_current_is_right_for_one_optimizer_step():
     assert problems({"models.policy.losses.ppo.old": "current"}) == []
 

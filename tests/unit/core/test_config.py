@@ -188,6 +188,22 @@ def test_stages_inherit_and_differ(recipe):
     assert list(resolve(recipe(BASE)).stages) == ["main"]
 
 
+def test_what_is_set_to_null_is_left_out(recipe):
+    """A stage, a model or a named plug-in that is inherited and has no part."""
+    text = BASE + 'rewards: {r: {use: ":brevity"}, s: {use: ":brevity"}}
+stages:
+  one: {}
+  two: {rewards: {r: null}}
+  three: null
+'
+    config = resolve(recipe(text))
+    assert list(config.stages) == ["one", "two"]
+    assert (set(config.stages["one"].rewards), set(config.stages["two"].rewards)) == ({"r", "s"}, {"s"})
+    alone = resolve(recipe(BASE + "stages: {one: {models: {policy: null}}}
+"))
+    assert alone.stages["one"].models == {}
+
+
 def test_options_do_not_leak_into_another_plugin(recipe):
     text = BASE + 'rewards: {r: {use: ":brevity", limit: 3}}\nstages:\n  one: {}\n  two: {rewards: {r: {use: ":other_reward"}}}\n'
     config = resolve(recipe(text))

@@ -105,6 +105,18 @@ def test_a_recipe_says_what_differs_from_the_one_it_extends(recipe, tmp_path):
     assert read.origin(("nothing",)) == f"{tmp_path}/child.yaml"
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [("{c: {}, b: {}, a: {}}", ["c", "b", "a"]), ("{c: {}, a: {}}", ["a", "b", "c"]), ("{c: {}}", ["a", "b", "c"])],
+)
+def test_who_names_all_stages_of_the_recipe_below_says_their_order(recipe, named, expected):
+    path = recipe(base="stages: {a: {}, b: {}}
+", child=f"extends: base.yaml
+stages: {named}
+")
+    assert list(load_recipe(path).data["stages"]) == expected
+
+
 def test_plugins_are_looked_for_beside_every_recipe_of_the_chain(recipe, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "child.yaml").write_text("extends: ../base.yaml\n")

@@ -95,6 +95,11 @@ def _senseless_combinations(model: ModelConfig, given: frozenset[str]) -> Iterat
         if loss.head != head:
             fitting = "a policy" if loss.head == "language" else "a critic or reward model"
             yield f"loss {loss.use!r} belongs to {fitting}, this is a {model.role}; move it there"
+        if loss.unit == "pair" and model.advantage is not None and model.advantage.varies():
+            yield (
+                f"loss {loss.use!r} reads from the advantages which answer of a pair is preferred, but those of {model.advantage.use!r} "
+                "differ between tokens; use advantage: {use: preference}"
+            )
         if loss.unit == "pair" and model.aggregation.use != "sequence_mean":
             yield (
                 f"loss {loss.use!r} is one number a pair, which {model.aggregation.use!r} would weigh by length; "

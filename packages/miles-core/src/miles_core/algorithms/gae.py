@@ -97,7 +97,7 @@ class Steps:
 
     @staticmethod
     def blocks(ops: SegmentOps) -> Iterator[Steps]:
-        """All steps of a whole batch, whose rows stand together by sample; some samples at a time, of up to ``BLOCK`` rows or a single one."""
+        """All steps of a whole batch, whose rows stand together by sample: at a time samples of up to ``BLOCK`` rows, or a single one."""
         n_samples = len(ops.sequence_tokens)
         ends = torch.searchsorted(ops.segment, torch.arange(n_samples), right=True)
         sample, row = 0, 0

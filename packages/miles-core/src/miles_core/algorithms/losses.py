@@ -35,7 +35,7 @@ def ppo_clip(
     lowest = torch.where(negative, number(1 - clip_low), number(-torch.inf))
     highest = torch.where(negative, number(torch.inf if dual_clip is None else dual_clip), number(1 + clip_high))
     bounded = ratio.clamp(lowest, highest)
-    return LossOutputs(inputs.weighted(-bounded * advantages), drift(log_ratio, clipped=bounded != ratio))
+    return LossOutputs(inputs.weighted(bounded * -advantages), drift(log_ratio, clipped=bounded != ratio))
 
 
 def cispo(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.28, old: Old = "recompute") -> LossOutputs:

@@ -1,1 +1,1 @@
-"""`trainer: torch`. Read in this order: layouts, model, optimizer, checkpoint, trainer."""
+"""`trainer: torch`. Read in this order: layouts, model, causal_lm, scalar_model, objective, optimizer, checkpoint, trainer."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miles_core.errors import CheckpointError
 
-from .model import CausalLM
+from .model import PackedModel
 from .optimizer import MasterAdamW
 
 FORMAT = 1
@@ -63,7 +63,7 @@ def load_state(directory: Path, optimizer: MasterAdamW, device: torch.device) ->
     return header
 
 
-def export(directory: Path, model: CausalLM, source: Path) -> None:
+def export(directory: Path, model: PackedModel, source: Path) -> None:
     """Write config and weights as transformers does, and the tokenizer files of ``source``. Once config.json is there, all is."""
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory, prefix=".export-") as scratch:

@@ -14,12 +14,6 @@ from miles_core.errors import PluginError, RunError
 from miles_core.protocols import Aggregation, LossInputs, LossTerm
 
 
-def spread(values: Tensor, rows: np.ndarray, batch: Batch) -> Tensor:
-    """Values [R] of some rows → [N], 0 elsewhere. No gradient comes back from elsewhere, not even the NaN of 0 · NaN."""
-    index = torch.from_numpy(rows).to(values.device)
-    return values.new_zeros(batch.n_rows).index_copy(0, index, values)
-
-
 def shares(
     micro: Batch, outputs: Mapping[str, Tensor], losses: Mapping[str, LossTerm], aggregation: Aggregation
 ) -> tuple[Tensor, dict[str, Tensor]]:

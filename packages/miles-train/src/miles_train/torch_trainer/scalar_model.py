@@ -1,0 +1,92 @@
+"""A Hugging Face model with a scalar head (critic, reward model): one number at every row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from miles_core.batch import Batch
+from miles_core.errors import ConfigError
+
+from .model import PackedModel, check_directory, close, read, refuse_missing
+
+HEAD = "score.weight"
+
+
+class ScalarModel(PackedModel):
+    """A critic or reward model: transformers' model for sequence classification with one label, whose head ``score`` is a linear
+    map without bias. Output: ``values`` = score(hidden) at every row.
+
+    Row p has read the tokens up to and including p. For a critic that is the state in which the token predicted at p is chosen;
+    a reward model's score of a sample is the value of its last row. Temperatures and supports do not matter to it.
+
+    The head is applied in float32: a bfloat16 product would round a value to 8 bits.
+    """
+
+    gives = frozenset({"values"})
+    annotated = "values"
+    reads = ("tokens", "positions")
+    unsupported = ("images", "audio")
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
+        super().__init__(path, dtype, device, layout)
+        self._score = _score_layer(self.hf)
+
+    @staticmethod
+    def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
+        """The model in ``path``: a critic or reward model that was saved before, or a causal language model.
+
+        A language model lacks the head's weight, and only that. It starts at 0, so that all values do; the head learns from
+        its first step on (its gradient is made of hidden states), the layers below it from the second.
+
+        Raises ConfigError as ``PackedModel.load`` does, and if transformers has no such model with a scalar head, or the
+        saved one has several labels.
+        """
+        check_directory(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ConfigError(f"transformers has no {config.model_type} model with a scalar head; a critic or reward model needs another")
+        saved_with_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        if saved_with_head and config.num_labels != 1:
+            raise ConfigError(f"{path} classifies into {config.num_labels} labels; a critic or reward model has one")
+        model, missing = read(AutoModelForSequenceClassification, path, dtype, device, attention, num_labels=1)
+        if HEAD in missing and not saved_with_head:
+            missing.remove(HEAD)
+            nn.init.zeros_(model.score.weight)
+        refuse_missing(model, path, missing)
+        return model
+
+    def outputs(self, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
+        """See ``PackedModel.outputs``; a value stands on every row, whatever ``rows`` are: reward models read a sample's last."""
+        hidden = self.hidden(batch, self.rows_to_annotate(batch))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return {"values": F.linear(hidden.to(wide), self._score.weight.to(wide)).squeeze(-1)}
+
+    def rows_to_annotate(self, batch: Batch) -> np.ndarray:
+        """All of them."""
+        return np.arange(batch.n_rows)
+
+
+@torch.no_grad()
+def _score_layer(model: PreTrainedModel) -> nn.Linear:
+    """The head, once it is known that the model's output is exactly the head's on the last hidden state.
+
+    On the way the head's output is replaced by the first number of what it reads: its own may be 0 throughout.
+    """
+    head, name = getattr(model, "score", None), type(model).__name__
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+        raise ConfigError(f"{name} has no scalar head 'score' without bias; a critic or reward model needs another model")
+    tokens = torch.tensor([[t for t in range(5) if t != model.config.get_text_config().pad_token_id][:4]], device=model.device)
+    hook = head.register_forward_hook(lambda module, inputs, output: inputs[0][..., :1])
+    logits = model(tokens, use_cache=False).logits
+    hook.remove()
+    expected = model.base_model(tokens, use_cache=False).last_hidden_state[:, -1, :1]
+    if logits.shape != expected.shape or not close(logits, expected):
+        raise ConfigError(f"the output of {name} is not score(hidden) of the last token; a critic or reward model needs another model")
+    return head

@@ -1,0 +1,317 @@
+"""The same loss and the same gradient however a step is cut up: DESIGN §6, in float64 to 1e-10, for every registered algorithm.
+
+Every case goes the way of the loop: ``Learner.prepare`` (shared prefixes, optimizer steps), columns as models would give them, then
+``Learner.advantages`` (advantage, corrections, what losses select) on the whole batch. A *step* is one optimizer step of it, an
+*outcome* the loss under every aggregation, its gradient by each number that the model gives at each row, and the metrics. Parts of a
+step (micro-batches, ranks) must add up to the step as one. What is registered is found, not listed: a new algorithm is tested here
+without an edit, unless it reads a column that ``COLUMNS`` lacks or has an option without a default.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from fixtures.ranks import run_ranks
+from fixtures.samples import random_samples
+
+from miles_core.batch import Batch
+from miles_core.config import StageConfig
+from miles_core.learner import Learner
+from miles_core.plan import balanced_shards, micro_batches, units_of
+from miles_core.plugins import config_class, find_all
+from miles_core.protocols import BuildContext, LossInputs
+from miles_core.randomness import generator
+from miles_core.refs import SampleRef
+from miles_core.sample import Sample
+
+torch = pytest.importorskip("torch")
+
+TOLERANCE = 1e-10
+COLUMNS = ("ref_logprobs", "teacher_logprobs", "values", "returns")
+"""What models give beside ``old_logprobs``; ``returns`` where the advantage gives none."""
+OUTPUTS = {"language": ("logprobs", "entropy"), "scalar": ("values",)}
+REQUIRED_OPTIONS = {("aggregation", "constant"): {"length": 7}, ("advantage", "pass_at_k"): {"k": 2}}
+VARIANTS = {
+    "ppo_clip": [{"dual_clip": 1.5}, {"old": "rollout"}, {"old": "current"}],
+    "gspo": [{"clip_low": 0.2, "clip_high": 0.2}, {"token_advantages": True, "clip_low": 0.2, "clip_high": 0.2}],
+    "dppo": [{"divergence": "kl"}],
+    "kl": [{"unbiased": True}, {"estimator": "low_variance"}],
+    "clip_cov": [{"fraction": 0.1, "low": 0.01}],
+    "kl_cov": [{"fraction": 0.1}],
+    "value_clip": [{"clip": None}],
+    "dpo": [{"label_smoothing": 0.2}],
+}
+"""Losses with options that change what is reduced."""
+CORRECTIONS = {"tis": {"use": "tis"}, "veto": {"use": "veto", "threshold": 0.5}}
+
+
+def options_of(point: str, use: str) -> dict[str, Any]:
+    return {"use": use} | REQUIRED_OPTIONS.get((point, use), {})
+
+
+def config(point: str, options: Mapping[str, Any]) -> Any:
+    return config_class(point, options["use"]).model_validate(options)
+
+
+@cache
+def built(point: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return config(point, dict(options)).build(BuildContext(None, "invariance", 0))
+
+
+def function(point: str, options: Mapping[str, Any]) -> Any:
+    """What a recipe would get."""
+    return built(point, tuple(options.items()))
+
+
+def of_ours(point: str) -> list[str]:
+    """Names of a point's plug-ins; not those that other tests decorated in this process."""
+    return sorted(name for name, found in find_all(point).items() if not found.origin.startswith("decorated"))
+
+
+ADVANTAGES, AGGREGATIONS = of_ours("advantage"), of_ours("aggregation")
+LOSSES = [options_of("loss", use) | variant for use in of_ours("loss") for variant in ({}, *VARIANTS.get(use, []))]
+
+Case = tuple[str, dict[str, Any]]
+"""An advantage and the options of a loss."""
+
+
+def fitting(loss: dict[str, Any]) -> str:
+    """An advantage that gives what the loss reads."""
+    found = config("loss", loss)
+    return "preference" if found.unit in ("pair", "group") else "gae" if "returns" in found.required() else "grpo"
+
+
+def cases() -> Iterator[Case]:
+    """Every loss once, and every advantage with losses that read it by token, by sequence and by pair."""
+    yield from ((fitting(loss), loss) for loss in LOSSES)
+    for advantage in ADVANTAGES:
+        token_advantages = {"use": "gspo", "token_advantages": True, "clip_low": 0.2, "clip_high": 0.2}
+        losses = [{"use": "ppo_clip"}, token_advantages, {"use": "cispo"}] if advantage != "preference" else []
+        yield from ((advantage, loss) for loss in losses)
+
+
+CASES = list(cases())
+NAMES = ["-".join([advantage, *(str(v) for v in loss.values())]) for advantage, loss in CASES]
+
+
+# ---- from samples to optimizer steps, as in the loop ---------------------------------------------------------------------
+
+
+def rows(): ...
+def trainer(): ...
+def wire(): ...
+async def play(prompt, context): ...
+def brevity(sample): ...
+
+
+GROUPS = [[[4, 3], [5], [6, 2]], [[3], [1, 5, 2], [2], [7]], [[6], [4]], [[3, 3]], [[2], [5], [9]]]
+PAIRS = [[[4, 3], [5]], [[6], [2]], [[3], [1, 5, 2]], [[7], [4]], [[2], [8]], [[5], [5]], [[4], [9]], [[2, 7], [3]]]
+"""Of each group, of each of its trajectories, of each of its samples: how many tokens follow the prefix."""
+
+
+def samples_of(advantage: str, seed: int = 6) -> list[Sample]:
+    """Ragged samples with branches that share prefixes, injected tokens and samples that train nothing; rewards 0 or 1, in two parts."""
+    samples = random_samples(seed, shape=PAIRS if advantage == "preference" else GROUPS)
+    for sample in samples:
+        right = float(generator("right", sample.id.group, sample.id.trajectory).random() < 0.5)
+        short = generator("short", sample.id.group, sample.id.trajectory).normal() if advantage == "gdpo" else 0.0
+        sample.rewards = {"environment": right, "brevity": short}
+        sample.reward = right + 0.5 * short
+    return samples
+
+
+def learner(case: Case, **stage: Any) -> Learner:
+    """What stands between buffer and trainer, with corrections, and a KL penalty in the reward where advantages are by token."""
+    advantage, loss = case
+    here = f"{__name__}:"
+    model = {"path": "x", "trainer": here + "trainer", "transport": here + "wire", "losses": {"loss": loss}}
+    tree = {"steps": 1, "groups": 2, "data": here + "rows", "rollout": here + "play", "models": {"policy": model}}
+    rewards = {"brevity": {"use": here + "brevity", "weight": 0.5}}
+    options = options_of("advantage", advantage)
+    return Learner(
+        "policy",
+        StageConfig.model_validate(tree | {"rewards": rewards} | stage),
+        {"policy": None},  # ty: ignore[invalid-argument-type]
+        function("advantage", options),
+        {},
+        seed=0,
+        corrections={name: function("ratio_correction", options) for name, options in CORRECTIONS.items()},
+        kl_reward=(function("kl", {"use": "k1"}), 0.05) if config("advantage", options).per_token else None,
+    )
+
+
+def numbers(name: str, batch: Batch) -> np.ndarray:
+    """float64 [N], normal; each sample's are its own, wherever it stands in the batch."""
+    return np.concatenate([generator(name, str(ref.id)).normal(size=ref.length) for ref in batch.refs])
+
+
+def learned(case: Case, samples: list[Sample], **stage: Any) -> Batch:
+    """The whole batch with all columns and its optimizer steps."""
+    learns = learner(case, **stage)
+    batch = learns.prepare([SampleRef.of(s) for s in samples], step=0)
+    old = batch.array("logprobs") + 0.3 * numbers("old", batch)
+    given = {name: numbers(name, batch) + (old if name.endswith("logprobs") else 0) for name in COLUMNS} | {"old_logprobs": old}
+    columns = {name: x.astype(np.float32) for name, x in given.items()}
+    return learns.advantages(batch.with_columns(columns)).load(("positions",))
+
+
+def outputs_of(step: Batch, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """float64 [N] each: what the model says under its current weights; language models nothing outside the mask."""
+    given = {
+        "logprobs": step.array("old_logprobs").astype(np.float64) + 0.3 * numbers("new", step),
+        "entropy": np.abs(numbers("entropy", step)),
+        "values": numbers("new values", step),
+    }
+    return {name: given[name] if name == "values" else np.where(step.array("loss_mask"), given[name], np.nan) for name in names}
+
+
+# ---- outcomes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Under one aggregation: the loss, its gradients [N] by name, and the metrics' means over the step's trained tokens."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+    def __add__(self, other: Outcome) -> Outcome:
+        gradients = {n: g + other.gradients[n] for n, g in self.gradients.items()}
+        return Outcome(self.loss + other.loss, gradients, {n: m + other.metrics[n] for n, m in self.metrics.items()})
+
+
+def outcomes(step: Batch, loss: dict[str, Any], part: Batch, rows: np.ndarray, **of: Any) -> dict[str, Outcome]:
+    """By aggregation, of a part of the step that holds these of its rows."""
+    from miles_core.algorithms.segments import SegmentOps
+
+    ops = SegmentOps.of(part, **of)
+    given = outputs_of(step, OUTPUTS[config("loss", loss).head])
+    leaves = {name: torch.from_numpy(x[rows]).requires_grad_() for name, x in given.items()}
+    term = function("loss", loss)(LossInputs(leaves, part.tensors(), ops))
+    metrics = {name: float(ops.sum(x.detach(), "global") / max(step.segments.tokens, 1)) for name, x in term.metrics.items()}
+    found = {}
+    for name in AGGREGATIONS:
+        share = ops.share(term.loss, function("aggregation", options_of("aggregation", name))(ops))
+        slopes = torch.autograd.grad(share, list(leaves.values()), retain_graph=True, allow_unused=True)
+        gradients = {leaf: np.zeros(step.n_rows) for leaf in leaves}
+        for leaf, slope in zip(leaves, slopes, strict=True):
+            if slope is not None:
+                gradients[leaf][rows] = slope.numpy()
+        found[name] = Outcome(share.item(), gradients, metrics)
+    return found
+
+
+def together(parts: list[dict[str, Outcome]]) -> dict[str, Outcome]:
+    """The outcomes of parts, added up."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = {name: outcome + part[name] for name, outcome in total.items()}
+    return total
+
+
+def cut(step: Batch, loss: dict[str, Any], parts: list[np.ndarray]) -> dict[str, Outcome]:
+    """Outcomes of parts of the step, each some of its samples, added up."""
+    return together([outcomes(step, loss, step.select(samples), step.rows_of(samples)) for samples in parts])
+
+
+@cache
+def whole(case: int) -> tuple[Batch, dict[str, Outcome]]:
+    """One optimizer step over everything, and its outcomes as one."""
+    batch = learned(CASES[case], samples_of(CASES[case][0]))
+    [step] = batch.optimizer_steps()
+    return step, cut(step, CASES[case][1], [np.arange(len(step))])
+
+
+def check(found: dict[str, Outcome], expected: dict[str, Outcome]) -> None:
+    for name, outcome in expected.items():
+        assert found[name].loss == pytest.approx(outcome.loss, rel=TOLERANCE, abs=TOLERANCE), name
+        for leaf, gradient in outcome.gradients.items():
+            np.testing.assert_allclose(found[name].gradients[leaf], gradient, rtol=TOLERANCE, atol=TOLERANCE, err_msg=f"{name} {leaf}")
+        assert found[name].metrics == pytest.approx(outcome.metrics, rel=TOLERANCE, abs=TOLERANCE), name
+
+
+# ---- in one process ------------------------------------------------------------------------------------------------------
+
+every_case = pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
+
+
+@every_case
+def test_there_is_something_to_cut(case: int) -> None:
+    """Every loss has a value and a gradient, on several sequences; corrections dropped rows; some samples train nothing."""
+    step, expected = whole(case)
+    assert step.segments.sequences > 5 and (step.segments.sequence_tokens == 0).any()
+    assert step.segments.trajectories < step.segments.sequences
+    for outcome in expected.values():
+        assert np.isfinite(outcome.loss) and outcome.loss != 0
+        gradient = sum(np.abs(g) for g in outcome.gradients.values())
+        assert np.isfinite(gradient).all() and np.count_nonzero(gradient) > 5
+
+
+@every_case
+@pytest.mark.parametrize(("max_tokens", "padded"), [(1, False), (25, False), (60, True)])
+def test_micro_batches(case: int, max_tokens: int, padded: bool) -> None:
+    """As the trainer plans them: units stay together."""
+    step, expected = whole(case)
+    loss = CASES[case][1]
+    plan = micro_batches(step.lengths, units_of(step, config("loss", loss).unit), max_tokens, padded=padded)
+    assert len(plan) > 1
+    check(cut(step, loss, plan), expected)
+
+
+@every_case
+def test_order_within_the_step(case: int) -> None:
+    """The samples of a step, packed in another order."""
+    step, expected = whole(case)
+    check(cut(step, CASES[case][1], [np.random.default_rng(1).permutation(len(step))]), expected)
+
+
+def by_sample(batch: Batch, outcome: dict[str, Outcome]) -> dict[str, Outcome]:
+    """The same with rows in the order of sample ids."""
+    order = batch.rows_of(np.array(sorted(range(len(batch)), key=lambda s: str(batch.refs[s].id))))
+    return {name: replace(o, gradients={leaf: g[order] for leaf, g in o.gradients.items()}) for name, o in outcome.items()}
+
+
+@every_case
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_the_whole_batch(case: int, seed: int) -> None:
+    """From the buffer on: advantages, corrections, selections and prefixes do not depend on who stands where."""
+    samples = samples_of(CASES[case][0])
+    np.random.default_rng(seed).shuffle(samples)  # ty: ignore[invalid-argument-type]
+    [step] = learned(CASES[case], samples).optimizer_steps()
+    found = cut(step, CASES[case][1], [np.arange(len(step))])
+    check(by_sample(step, found), by_sample(*whole(case)))
+
+
+DENOMINATORS = {"token_mean": "tokens", "sequence_mean": "sequences", "sequence_mean_token_sum": "sequences", "constant": "sequences"}
+DENOMINATORS |= {"trajectory_mean": "trajectories"}
+
+
+@every_case
+def test_epochs_and_mini_batches(case: int) -> None:
+    """Each optimizer step has denominators of its own and is the same however it is packed; an epoch's add up to the whole batch.
+
+    At fixed weights, that is: the sum over an epoch's steps of loss · denominator is that of the batch as one step.
+    """
+    advantage, loss = CASES[case]
+    batch = learned(CASES[case], samples_of(advantage), epochs=2, minibatches=3)
+    unit = config("loss", loss).unit
+    steps = list(batch.optimizer_steps())
+    assert len(steps) == 6 and len({tuple(sorted(s.tolist())) for s in batch.steps}) > 3
+    found = []
+    for step in steps:
+        found.append(cut(step, loss, [np.arange(len(step))]))
+        check(cut(step, loss, micro_batches(step.lengths, units_of(step, unit), 1, padded=False)), found[-1])
+    for epoch in (slice(0, 3), slice(3, 6)):
+        np.testing.assert_array_equal(np.sort(np.concatenate(batch.steps[epoch])), np.arange(len(batch)))
+        for name, outcome in whole(case)[1].items():
+            counts = [getattr(step.segments, DENOMINATORS[name]) if name in DENOMINATORS else 1 for step in steps[epoch]]
+            total = sum(o[name].loss * count for o, count in zip(found[epoch], counts, strict=True))
+            denominator = getattr(batch.segments, DENOMINATORS[name]) if name in DENOMINATORS else 1
+            assert total == pytest.approx(outcome.loss * denominator, rel=TOLERANCE, abs=TOLERANCE), name
