@@ -48,7 +48,7 @@ VARIANTS = {
     "dpo": [{"label_smoothing": 0.2}],
 }
 """Losses with options that change what is reduced."""
-CORRECTIONS = {"tis": {"use": "tis"}, "veto": {"use": "veto", "threshold": 0.5}}
+CORRECTIONS = {"tis": {"use": "tis", "high": 1.2}, "veto": {"use": "veto", "threshold": 0.6}}
 
 
 def options_of(point: str, use: str) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def samples_of(advantage: str, seed: int = 6) -> list[Sample]:
     """Ragged samples with branches that share prefixes, injected tokens and samples that train nothing; rewards 0 or 1, in two parts."""
     samples = random_samples(seed, shape=PAIRS if advantage == "preference" else GROUPS)
     for sample in samples:
-        right = float(generator("right", sample.id.group, sample.id.trajectory).random() < 0.5)
+        group = int(sample.id.group.removeprefix("g"))
+        right = float(group != 3 and (group + sample.id.trajectory) % 2)  # all wrong in group 3
         short = generator("short", sample.id.group, sample.id.trajectory).normal() if advantage == "gdpo" else 0.0
         sample.rewards = {"environment": right, "brevity": short}
         sample.reward = right + 0.5 * short

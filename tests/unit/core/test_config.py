@@ -190,17 +190,11 @@ def test_stages_inherit_and_differ(recipe):
 
 def test_what_is_set_to_null_is_left_out(recipe):
     """A stage, a model or a named plug-in that is inherited and has no part."""
-    text = BASE + 'rewards: {r: {use: ":brevity"}, s: {use: ":brevity"}}
-stages:
-  one: {}
-  two: {rewards: {r: null}}
-  three: null
-'
+    text = BASE + 'rewards: {r: {use: ":brevity"}, s: {use: ":brevity"}}\nstages:\n  one: {}\n  two: {rewards: {r: null}}\n  three: null\n'
     config = resolve(recipe(text))
     assert list(config.stages) == ["one", "two"]
     assert (set(config.stages["one"].rewards), set(config.stages["two"].rewards)) == ({"r", "s"}, {"s"})
-    alone = resolve(recipe(BASE + "stages: {one: {models: {policy: null}}}
-"))
+    alone = resolve(recipe(BASE + "stages: {one: {models: {policy: null}}}\n"))
     assert alone.stages["one"].models == {}
 
 

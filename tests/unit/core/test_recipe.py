@@ -110,10 +110,7 @@ def test_a_recipe_says_what_differs_from_the_one_it_extends(recipe, tmp_path):
     [("{c: {}, b: {}, a: {}}", ["c", "b", "a"]), ("{c: {}, a: {}}", ["a", "b", "c"]), ("{c: {}}", ["a", "b", "c"])],
 )
 def test_who_names_all_stages_of_the_recipe_below_says_their_order(recipe, named, expected):
-    path = recipe(base="stages: {a: {}, b: {}}
-", child=f"extends: base.yaml
-stages: {named}
-")
+    path = recipe(base="stages: {a: {}, b: {}}\n", child=f"extends: base.yaml\nstages: {named}\n")
     assert list(load_recipe(path).data["stages"]) == expected
 
 

@@ -23,9 +23,8 @@ def row_owners(batch: Batch) -> np.ndarray | None:
     alive = batch.segments.sequence_tokens > 0  # a sample that a filter took out owns nothing
     trajectory = batch.segments.trajectory
     for t in np.flatnonzero(np.bincount(trajectory, weights=alive) > 1):
-        members = sorted(
-            np.flatnonzero((trajectory == t) & alive), key=lambda s: (batch.refs[s].id.branch, s)
-        )  # in whatever order they stand
+        # By branch, in whatever order they stand: who trains a shared row decides how long sequences are.
+        members = sorted(np.flatnonzero((trajectory == t) & alive), key=lambda s: (batch.refs[s].id.branch, s))
         samples = {int(s): batch.refs[s].get() for s in members}
         for i, s in enumerate(members[1:], start=1):
             for first in members[:i][::-1]:  # the earliest branch is written last and wins
