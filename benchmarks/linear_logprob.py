@@ -21,6 +21,7 @@ import torch
 
 from _machine import ROOT, interleave, median_ratio, summary, write_result
 from miles_kernels.ops.linear_logprob import linear_logprob
+from miles_kernels.ops.linear_logprob.reference import CHUNK_BYTES, CHUNK_ROWS
 from miles_kernels.ops.linear_logprob.spec import BENCHMARK_CASE, Case, flops
 
 JOBS = ("no_grad", "backward")
@@ -89,6 +90,7 @@ def main() -> int:
 
     arguments = inputs(case, dtype)
     result: dict[str, object] = {"benchmark": "linear_logprob", **vars(args), "whole_logits_mib": case.rows * case.vocab * 4 / 2**20}
+    result["chunk_mib"] = max(CHUNK_BYTES, CHUNK_ROWS * case.vocab * 4) / 2**20
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
         peaks = {v: processes.submit(peak_mib, v, case, dtype, args.threads).result() for v in VARIANTS}
     for job in JOBS:
@@ -101,6 +103,7 @@ def main() -> int:
             "peak_mib": {v: round(value, 1) for v, value in mib.items()},
             "time_ratio": round(time_ratio, 3),
             "memory_ratio": round(memory_ratio, 3),
+            "memory_by_chunk": round(mib[ours] / result["chunk_mib"], 3),
             "gflops_per_second": round(flops(case, job == "backward") / summary(seconds[ours])["median"] / 1e9, 1),
         }
         print(f"{job}: time × {time_ratio:.2f}, memory × {memory_ratio:.2f} ({mib[ours]:.0f} against {mib[baseline]:.0f} MiB)")

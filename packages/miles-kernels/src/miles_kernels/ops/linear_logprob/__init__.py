@@ -49,8 +49,8 @@ def linear_logprob(
     The maths is float32 (float64 if one of them is float64), with autocast or without; a gradient is rounded once, to its input's dtype.
     targets [T] is int64 in [0, V). temperature is a number or a float tensor [T], positive and finite, and gets no gradient.
 
-    chunk is the number of rows of logits computed at a time; results do not depend on it beyond rounding. Without it the backend takes what
-    its budget allows (`reference.CHUNK_BYTES`, at least `CHUNK_ROWS`). Extra memory is at most about three such chunks of logits, and in
+    chunk is the number of rows of logits whose memory the op may use; results do not depend on it beyond rounding. Without it the backend
+    takes what its budget allows (`reference.CHUNK_BYTES`, at least `CHUNK_ROWS`). Extra memory is at most such a chunk of logits, and in
     the backward the gradients themselves (that of weight is summed in the dtype of the maths). A row costs the same when its gradient is
     zero: leave rows that are not wanted out of `hidden`.
 
