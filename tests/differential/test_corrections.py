@@ -301,6 +301,31 @@ def test_a_sequence_is_weighed_by_the_product_of_its_trained_tokens_only():
     assert metrics["correction/0/ess"] == pytest.approx(total**2 / (7 * squares), rel=1e-9)
 
 
+def test_metrics_of_weights_are_shares_of_trained_rows():
+    """The ratios of the worked input: .9048 1.6487 1.1052 .8187 | .9048 3.3201 .9048; bounds are inside."""
+    w = np.exp((OLD - ROLLOUT)[[0, 0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 0, 1, 2]])
+
+    def ess(x):
+        return x.sum() ** 2 / (len(x) * (x**2).sum())
+
+    low, high = float(w[3]), float(w[1])
+    metrics = {use: corrected(worked_batch(), (use, {"low": low, "high": high}))[1] for use in ("tis", "mis", "icepop")}
+    inside, clipped = np.delete(w, 5), np.where(w > high, high, w)
+    expected = {
+        "tis": {"truncated": 1 / 7, "weight_mean": clipped.mean(), "ess": ess(clipped)},
+        "mis": {"below": 0.0, "above": 1 / 7, "dropped": 1 / 7, "weight_mean": inside.mean(), "ess": ess(inside)},
+        "icepop": {"masked": 1 / 7, "weight_mean": inside.sum() / 7, "ess": inside.sum() ** 2 / (7 * (inside**2).sum())},
+    }
+    for use, found in metrics.items():
+        assert found == pytest.approx({f"correction/0/{name}": value for name, value in expected[use].items()}, rel=1e-12), use
+    _, below = corrected(worked_batch(), ("mis", {"low": float(w[4]) + 1e-9, "high": 9.0}))
+    assert below["correction/0/below"] == pytest.approx(4 / 7) and below["correction/0/above"] == 0
+    _, gated = corrected(worked_batch(), ("sequence_mask_tis", {"low": 0.8, "high": 1.2}))
+    assert gated["correction/0/masked"] == pytest.approx(3 / 7)
+    _, rejected = corrected(worked_batch(), ("reject", {"threshold": 0.45, "statistic": "k1", "reduce": "none"}))
+    assert rejected["correction/0/rows"] == pytest.approx(2 / 7) == rejected["correction/0/dropped"]
+
+
 def test_decoupled_ppo_is_ppo_with_the_untruncated_weight():
     """AReaL's objective: behaviour = rollout, proximal = recomputed before the step, current; value and gradient by loops."""
     batch, _ = corrected(worked_batch(), ("tis", {"high": INF}))

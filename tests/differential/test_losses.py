@@ -148,9 +148,9 @@ def dppo(rows, divergence="tv", threshold=None):
         if divergence == "tv":
             distance, limit = abs(q - p), threshold or 0.15
         else:
-            tails = 0.0 if p == 1 else math.inf if q == 1 else (1 - p) * math.log((1 - p) / (1 - q))
+            tails = 0.0 if p == 1 else (1 - p) * math.log((1 - p) / max(1 - q, 1e-8))
             distance, limit = p * (r.old - r.fixed) + tails, threshold or 0.05
-        outward = (r.advantage > 0 and q > p) or (r.advantage <= 0 and q < p)
+        outward = (r.advantage > 0 and q > p) or (r.advantage < 0 and q < p)
         out.append(0.0 if outward and distance > limit else -r.ratio * r.advantage)
     return out
 
@@ -443,7 +443,7 @@ def test_metrics_of_ppo_are_those_of_its_rows():
     got = evaluate(built("loss", "ppo_clip", **CLIP, dual_clip=1.5), case)
     ratio = np.exp(case.outputs["logprobs"] - case.columns["old_logprobs"])[case.mask]
     a = case.columns["advantages"][case.mask]
-    clipped = np.where(a < 0, (ratio < 0.8) | (ratio > 1.5), ratio > 1.28)
+    clipped = np.where(a < 0, (ratio < 0.8) | (ratio > 1.5), (a > 0) & (ratio > 1.28))
     np.testing.assert_array_equal(got.metric_rows["clip_fraction"][case.mask], clipped)
     np.testing.assert_allclose(got.metric_rows["kl"][case.mask], ratio - 1 - np.log(ratio), atol=1e-12)
     assert set(got.metrics) == {"clip_fraction", "kl"} and 0 < got.metrics["clip_fraction"] < 1
@@ -499,7 +499,8 @@ def test_cispo_has_a_gradient_on_clipped_rows():
         ("tv", 0.9, 0.7, 1.0, False),
         ("kl", 0.5, 0.7, 1.0, True),  # 0.0872
         ("kl", 0.5, 0.6, 1.0, False),  # 0.0204
-        ("kl", 0.5, 1.0, 1.0, True),  # infinite
+        ("kl", 0.5, 1.0, 1.0, True),
+        ("kl", 0.999, 1.0, 1.0, False),  # rounding must not make a certainty of it: not infinite
         ("kl", 1.0, 1.0, 1.0, False),  # 0 · log 0
         ("kl", 1.0, 0.9, -1.0, True),  # 0.105
     ],

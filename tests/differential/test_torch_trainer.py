@@ -5,14 +5,12 @@ The reference shares no code with the trainer: no packing, no padding, no micro-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.training import MODELS, build_trainer, ragged_batch, ragged_sample, toy_ppo, write_model
+from fixtures.training import CUTS, MODELS, build_trainer, gradient, ragged_batch, ragged_sample, toy_ppo, write_model
 
 from miles_core.batch import Batch
 from miles_core.protocols import LossInputs, LossOutputs
@@ -168,35 +166,6 @@ def trajectory_mean(ops: Any) -> Any:
     return 1 / (ops.trajectories * ops.trajectory_tokens.clamp(min=1))[ops.segment].double()
 
 
-@contextmanager
-def norms_in_full_precision(model: Any) -> Iterator[None]:
-    """transformers computes RMSNorm in float32 whatever the model's dtype, which would hide what float64 is to show."""
-    import torch
-
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
-    yield
-
-
-async def gradient(path: Path, tmp_path: Path, batch: Batch, dtype: str, losses: dict[str, Callable], **options: Any) -> Any:
-    """The gradient of one optimizer step as one vector, from AdamW's first moment: (1 − β₁) · gradient."""
-    import torch
-    from safetensors.torch import load_file
-
-    trainer = build_trainer(path, losses=losses, aggregation=trajectory_mean, max_grad_norm=float("inf"), **options)
-    trainer.model.hf.to(getattr(torch, dtype)).set_experts_implementation("eager")
-    with norms_in_full_precision(trainer.model.hf):
-        await trainer.step(batch)
-    await trainer.save(tmp_path)
-    moments = load_file(tmp_path / "optimizer.safetensors")
-    return torch.cat([moments[k].flatten() for k in sorted(moments) if k.startswith("exp_avg.")]) / 0.1
-
-
-CUTS = [("padded", 1), ("padded", 45), ("packed", 1), ("packed", 45), ("packed", 10_000)]
-"""Every trajectory alone, some together, all together."""
-
-
 @pytest.mark.parametrize("layout, micro_batch_tokens", CUTS)
 @pytest.mark.parametrize("name, dtype, tolerance", [("dense", "float64", 1e-10), ("sliding", "float64", 1e-10), ("moe", "float32", 1e-5)])
 async def test_gradients_do_not_depend_on_micro_batches_or_layout(
@@ -204,8 +173,9 @@ async def test_gradients_do_not_depend_on_micro_batches_or_layout(
 ):
     losses = {"policy": toy_ppo, "sequence": sequence_ratio}
     batch = ragged_batch()
-    whole = await gradient(models[name], tmp_path / "whole", batch, dtype, losses, layout="padded", micro_batch_tokens=10_000)
-    cut = await gradient(models[name], tmp_path / "cut", batch, dtype, losses, layout=layout, micro_batch_tokens=micro_batch_tokens)
+    options: dict[str, Any] = dict(losses=losses, aggregation=trajectory_mean)
+    whole = await gradient(models[name], tmp_path / "whole", batch, dtype, layout="padded", micro_batch_tokens=10_000, **options)
+    cut = await gradient(models[name], tmp_path / "cut", batch, dtype, layout=layout, micro_batch_tokens=micro_batch_tokens, **options)
     assert float(whole.norm()) > 1e-2
     assert float((cut - whole).norm()) <= tolerance * float(whole.norm())
 

@@ -119,6 +119,7 @@ def test_repetition_looks_past_prompts_and_tool_results():
     loop = answer(sample_id(), [5], [10, 11] * 20)
     assert built("sample_filter", "repetition")(loop) == "94% of its 8-grams are repeated"  # 33 of them, 2 different
     assert built("sample_filter", "repetition")(answer(sample_id(), [7] * 60, [10, 11])) is None
+    assert built("sample_filter", "repetition")(answer(sample_id(), [5], [10] * 6)) is None  # a token too short for one
     torn = Sample.of(sample_id(), [5] + [10, 11, 99] * 20, versions=[-1] + [3, 3, -1] * 20)
     assert built("sample_filter", "repetition", ngram=3)(torn) is None
     assert built("sample_filter", "repetition", ngram=2)(torn) == "95% of its 2-grams are repeated"

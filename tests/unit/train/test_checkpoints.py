@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.training import build_trainer, ragged_batch
+from fixtures.training import build_trainer, ragged_batch, weights
 
 from miles_core.errors import CheckpointError
 
@@ -22,10 +22,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def weights(trainer: Any) -> dict[str, Any]:
-    return {name: tensor.clone() for name, tensor in trainer.named_weights()}
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.training import VOCAB, build_trainer, ragged_batch, toy_ppo, write_model
+from fixtures.training import VOCAB, build_trainer, ragged_batch, same, toy_ppo, weights, write_model
 
 from miles_core.batch import Batch
 from miles_core.columns import Ragged
-from miles_core.errors import ConfigError, DataError, PluginError, RunError
-from miles_core.protocols import LossInputs, LossOutputs
+from miles_core.errors import ConfigError, DataError, PluginError, RunError, StepRefused
+from miles_core.protocols import LossInputs, LossOutputs, LossTerm
 from miles_core.refs import SampleRef
 
 SMALL: dict[str, Any] = dict(
@@ -25,14 +25,6 @@ SMALL: dict[str, Any] = dict(
 
 def nll(inputs: LossInputs) -> LossOutputs:
     return LossOutputs(-inputs.logprobs)
-
-
-def weights(trainer: Any) -> dict[str, Any]:
-    return {name: tensor.clone() for name, tensor in trainer.named_weights()}
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
 
 
 # bfloat16
@@ -197,13 +189,94 @@ async def test_a_loss_that_is_not_finite_names_step_and_sample_and_changes_nothi
     assert same(weights(trainer), weights(undisturbed))
 
 
-async def test_a_gradient_that_is_not_finite_changes_nothing(dense: Path):
-    """√0 has a finite value and an infinite slope."""
-    trainer = build_trainer(dense, losses={"root": lambda inputs: LossOutputs((inputs.logprobs - inputs.logprobs.detach()).sqrt())})
+STEEP = 7.0
+"""Rows with this advantage have a loss of infinite slope."""
+
+
+def steep(inputs: LossInputs) -> LossOutputs:
+    """Negative log-likelihood; where the advantage says so, plus √0, whose value is finite and whose slope is not."""
+    import torch
+
+    flat = inputs.columns["advantages"] != STEEP
+    root = torch.where(flat, 1.0, inputs.logprobs - inputs.logprobs.detach()).sqrt()
+    return LossOutputs(-inputs.logprobs + torch.where(flat, 0.0, root))
+
+
+def steep_in(batch: Batch, sample: int) -> Batch:
+    return poisoned(batch, batch.rows_of(np.array([sample])), STEEP)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 10_000])
+async def test_a_gradient_that_is_not_finite_names_its_sample_and_changes_nothing(dense: Path, dtype: str, micro_batch_tokens: int):
+    """The loss is finite, so that nothing is known before all samples have been gone through."""
+    batch = ragged_batch()
+    options: dict[str, Any] = dict(losses={"nll": steep}, dtype=dtype, lr=1e-2, micro_batch_tokens=micro_batch_tokens)
+    trainer, undisturbed = build_trainer(dense, **options), build_trainer(dense, **options)
     before = weights(trainer)
-    with pytest.raises(RunError, match="optimizer step 1: the gradient's norm is"):
-        await trainer.step(ragged_batch())
+    culprit = 7
+    named = f"it comes from sample {batch.refs[culprit].id}. The weights"
+    with pytest.raises(StepRefused, match=rf"optimizer step 1: the gradient's norm is (nan|inf), though the loss is finite; {named}"):
+        await trainer.step(steep_in(batch, culprit))
     assert same(weights(trainer), before)
+    assert trainer.optimizer_steps == 0
+
+    await trainer.step(batch)  # nothing of the search is left
+    await undisturbed.step(batch)
+    assert same(weights(trainer), weights(undisturbed))
+
+
+async def test_a_gradient_that_is_not_finite_names_all_samples_of_a_unit(dense: Path):
+    """Branches of a trajectory for most losses, a group for those that are functions of groups."""
+    batch = ragged_batch()
+    group, trajectory = batch.segments.group, batch.segments.trajectory
+    for unit, members in (("token", trajectory == trajectory[0]), ("group", group == group[0])):
+        trainer = build_trainer(dense, losses={"nll": LossTerm(steep, unit=unit)})
+        named = ", ".join(str(batch.refs[s].id) for s in np.flatnonzero(members))
+        assert members.sum() == (2 if unit == "token" else 4)
+        with pytest.raises(StepRefused, match=rf"one of the samples {named}\."):
+            await trainer.step(steep_in(batch, 0))
+
+
+async def test_a_sum_of_gradients_that_overflows_is_no_samples_fault(dense: Path):
+    """Two equal samples, each with a gradient of norm 1.2e19; squares of norms are float32 up to 1.8e19."""
+    sample = ragged_batch().refs[0].get()
+    copies = [replace(sample, id=replace(sample.id, trajectory=t)) for t in range(2)]
+    scale = 1.0
+
+    def huge(inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(-inputs.logprobs * scale)
+
+    batch = Batch.of([SampleRef.of(s) for s in copies])
+    scale = 1.2e19 * 2 / (await build_trainer(dense, losses={"nll": huge}).step(batch)).metrics["grad_norm"]
+    with pytest.raises(StepRefused, match="so is each sample's own gradient: only their sum is not"):
+        await build_trainer(dense, losses={"nll": huge}).step(batch)
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+async def test_a_refusal_says_whether_this_call_had_changed_anything(dense: Path, fault: str):
+    """In the first optimizer step nothing had; in the second the first one's update stays."""
+    batch = ragged_batch(steps=2)
+    samples = [int(np.flatnonzero(batch.select(s).segments.sequence_tokens)[0]) for s in batch.steps]
+    first, second = (int(step[s]) for step, s in zip(batch.steps, samples, strict=True))
+
+    def spoilt(sample: int) -> Batch:
+        return steep_in(batch, sample) if fault == "gradient" else poisoned(batch, batch.rows_of(np.array([sample])), float("nan"))
+
+    def loss(inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(steep(inputs).loss + 0 * inputs.columns["advantages"])
+
+    trainer, undisturbed = (build_trainer(dense, losses={"nll": loss}, lr=1e-2) for _ in range(2))
+    before = weights(trainer)
+    with pytest.raises(StepRefused, match="optimizer step 1"):
+        await trainer.step(spoilt(first))
+    assert same(weights(trainer), before)
+    with pytest.raises(RunError, match="optimizer step 2") as later:
+        await trainer.step(spoilt(second))
+    assert not isinstance(later.value, StepRefused)
+    assert trainer.optimizer_steps == 1
+    await undisturbed.step(batch.with_steps([batch.steps[0]]))
+    assert same(weights(trainer), weights(undisturbed)) and not same(weights(trainer), before)
 
 
 async def test_what_is_not_trained_cannot_poison_what_is(dense: Path):
@@ -254,7 +327,7 @@ async def test_optimizer_steps_without_a_trained_token_are_passed_over(dense: Pa
     report = await build_trainer(dense).step(batch.with_steps([empty, full]))
     assert report.optimizer_steps == 1
     assert report.metrics["tokens"] == batch.segments.tokens
-    with pytest.raises(RunError, match="trains no token"):
+    with pytest.raises(StepRefused, match="trains no token"):
         await build_trainer(dense).step(batch.with_steps([empty]))
 
 

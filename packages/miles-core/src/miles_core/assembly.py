@@ -69,7 +69,7 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
         cursor=Cursor(data, config.seed, stage.shuffle),
         rollout=stage.rollout.build(contexts[policies[0]]),
         players=players,
-        scorer=Scorer(stage.rewards, base, stage.environment_weight),
+        scorer=Scorer(stage.rewards, contexts[policies[0]], stage.environment_weight),
         filters={n: f.build(base) for n, f in stage.group_filters.items()},
         group_seconds=stage.deadlines.group,
         trace=trace,

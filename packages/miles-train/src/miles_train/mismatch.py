@@ -31,9 +31,10 @@ def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndar
         if a:
             metrics[f"drift/age_{a}/mean_abs"] = mean_abs
             continue
-        w = np.exp(d)
         metrics["mismatch/mean_abs"] = mean_abs
         metrics["mismatch/max_abs"] = float(np.abs(d).max())
-        metrics["mismatch/k3"] = float((w - 1 - d).mean())
-        metrics["mismatch/ess"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+        with np.errstate(over="ignore", invalid="ignore"):  # a broken engine is reported as inf or NaN
+            metrics["mismatch/k3"] = float((np.expm1(d) - d).mean())
+            w = np.exp(d - d.max())  # a common factor, which the sample size does not see and which keeps it from overflowing
+            metrics["mismatch/ess"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
     return metrics

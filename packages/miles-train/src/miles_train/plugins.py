@@ -1,22 +1,38 @@
-"""Trainers that a recipe may name, and their options. No torch here: `miles check` reads this module."""
+"""Trainers and rewards that a recipe may name, and their options. No torch here: `miles check` reads this module."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from miles_core.plugins import PluginConfig, TrainerConfig
+from miles_core.plugins import RewardConfig, TrainerConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class Gates(BaseModel):
+    """When a trainer refuses a batch because trainer and rollout engine disagree on tokens that the present weights sampled.
+
+    They are looked at on the first optimizer step of a batch, before it changes a weight. Older tokens are never gated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mismatch: float | None = Field(None, gt=0)
+    """Highest ``mismatch/mean_abs``, in nats; ``.inf`` has no bound. None: by the forward pass's dtype, 0.005 in float32 and 0.1 in
+    bfloat16 (miles_train.gates says where that comes from)."""
+    ess: float = Field(0.3, ge=0, lt=1)
+    """Lowest ``mismatch/ess``; 0 has no bound. verl's documentation warns below 0.3."""
+
+
 class TorchTrainerConfig(TrainerConfig):
-    """A Hugging Face causal language model and AdamW, in one process."""
+    """A Hugging Face model and AdamW, in one process: a language model, or one with a scalar head for critics and reward models."""
 
     point: ClassVar[str] = "trainer"
     target: ClassVar[str] = "miles_train.torch_trainer.trainer:TorchTrainer"
-    gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs"})
+    gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
+    """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
 
     lr: float = Field(1e-6, gt=0)
     """Highest learning rate, reached after the warm-up."""
@@ -42,3 +58,26 @@ class TorchTrainerConfig(TrainerConfig):
     costs the square of its length: set micro_batch_tokens to some 500 on a CPU, or pad."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Most rows of a forward pass, padding included. It changes memory and speed, never the gradient."""
+    gates: Gates = Gates()
+    """When a batch is refused because rollout engine and trainer disagree; of language models only."""
+
+
+class RewardModelConfig(RewardConfig):
+    """A reward model's score of prompt and answer. Groups are scored one after another; the wait counts against ``timeout_s``."""
+
+    point: ClassVar[str] = "reward"
+    target: ClassVar[str] = "miles_train.reward_model:RewardModel"
+    unit: ClassVar[str] = "group"
+
+    path: str | None = None
+    """Hugging Face directory or hub id of a model for sequence classification with one label, and its tokenizer."""
+    model: str | None = None
+    """Or: name of a model with ``role: reward`` that a stage before trained."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Most rows of a forward pass, padding included."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.path is None) == (self.model is None):
+            raise ValueError("give either path (a directory with a reward model) or model (the name of one that a stage before trained)")
+        return self

@@ -3,15 +3,15 @@
 With ``w = π_trainer / π_rollout`` at each trained row: the trainer's weights before the batch's first optimizer step over the engine
 that sampled. It is 1 but for numerics (precision, kernels, MoE routing) and age (versions since the token was sampled). Everything is
 float64, computed once on the whole batch and constant under the gradient; a policy-gradient term multiplies its rows by the
-weights. Two ways to be out of bounds:
+weights. What is given on rows outside the mask means nothing. Two ways to be out of bounds:
 
 * weight 0: the row (token, sequence) teaches nothing but stays in the denominators, so the step becomes smaller;
 * out of the batch (``keep``): the denominators are counted anew, and other loss terms (KL, entropy) lose the row too.
 
-A *sequence* is what one sample trains: where branches share a prefix, its rows count in the branch that trains them. Rows outside the
-mask may hold anything. A rollout log-probability of −inf makes w infinite: it is truncated, out of bounds or of infinite divergence
-like any other, and only a bound of ``.inf`` leaves it, which ``credit.corrected`` then refuses with the sample's name. Where both are
-−inf, w is 1. A sequence of w's 0 and ∞ has no product: it is out of every bound.
+A *sequence* is what one sample trains: where branches share a prefix, its rows count in the branch that trains them. A
+log-probability of −inf on the rollout's side makes w infinite: it is truncated, out of bounds or of infinite divergence like any other,
+and only a bound of ``.inf`` leaves it, which ``credit.corrected`` then refuses with the sample's name. Where both sides are −inf, w is 1. A
+sequence that has w's of 0 and of ∞ has no product or mean: it is out of every bound, and ``tis`` of that level has no weight to give.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def tis(inputs: CorrectionInputs, *, level: Level = "token", low: float = 0.0, h
     At ``level`` token each row has its own w (biased, low variance); sequence: the product over the sequence's trained rows on each
     of them (the unbiased one, high variance); geometric: the geometric mean. [0, 2] at token level is verl's and slime's default.
 
-    With ``high = .inf`` nothing is truncated, and with a loss of ``old: recompute`` this is decoupled PPO (AReaL, Fu et al. 2025,
-    arXiv:2505.24298): behaviour = the rollout, proximal = the trainer before the step, current;
-    ``π_proximal/π_behaviour · min(ρ·A, clip(ρ)·A)`` with ``ρ = π/π_proximal``.
+    With ``high = .inf`` at token level nothing is truncated, and with ppo_clip of ``old: recompute`` this is decoupled PPO (Hilton et al.
+    2021, arXiv:2110.00641; AReaL, Fu et al. 2025, arXiv:2505.24298): behaviour = the rollout, proximal = the trainer before the step,
+    current; ``π_proximal/π_behaviour · min(ρ·A, clip(ρ)·A)`` with ``ρ = π/π_proximal``.
 
     Metrics: ``weight_mean``, ``ess`` (effective sample size, (Σw)² / (n·Σw²)), ``truncated`` (share of rows).
     """
@@ -111,8 +111,7 @@ def reject(inputs: CorrectionInputs, *, threshold: float, statistic: Statistic =
     Metrics: ``rows``, the share rejected (0 where nothing is trained).
     """
     ops, d = inputs.ops, _log_ratio(inputs)
-    k3 = torch.where(d == math.inf, math.inf, torch.expm1(d) - d)  # ∞ − ∞ otherwise
-    divergence = {"k1": -d, "k2": d.square() / 2, "k3": k3}[statistic]
+    divergence = {"k1": -d, "k2": d.square() / 2, "k3": torch.expm1(d) - d}[statistic]  # k3 of ∞ is NaN, which is outside too
     if reduce == "none":
         keep = _inside(divergence, -threshold, threshold)
     elif reduce == "max":
@@ -144,9 +143,8 @@ def off_policy_mask(inputs: CorrectionInputs, *, threshold: float) -> Correction
 
 
 def _log_ratio(inputs: CorrectionInputs) -> Tensor:
-    """``log w`` [N]; 0 on rows outside the mask and where both log-probabilities are the same, −inf too."""
-    d = torch.where(inputs.trainer == inputs.rollout, 0.0, inputs.trainer - inputs.rollout)
-    return torch.where(inputs.ops.mask, d, 0.0)
+    """``log w`` [N]; 0 where both log-probabilities are the same, −inf too; anything outside the mask."""
+    return torch.where(inputs.trainer == inputs.rollout, 0.0, inputs.trainer - inputs.rollout)
 
 
 def _ratio(inputs: CorrectionInputs, level: Level) -> Tensor:

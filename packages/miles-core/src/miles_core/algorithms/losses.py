@@ -5,8 +5,8 @@ no log-ratio, and let nothing that stands on rows outside the mask, NaN or infin
 row gives 0. What is a function of whole sequences is in ``trust_region``, selection by covariance in ``covariance``, pairs and
 values in ``preference_losses``.
 
-Policy-gradient terms report ``kl``, the k3 estimate of KL(π_old ‖ π), never negative, and where they bound the ratio
-``clip_fraction``, the share of trained rows on which a bound is what counts.
+Policy-gradient terms report ``kl``, the k3 estimate of KL(π_old ‖ π), never negative but for rounding, and where they
+bound the ratio ``clip_fraction``, the share of trained rows on which a bound is what counts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ def ppo_clip(
     """Clipped surrogate (Schulman et al. 2017, arXiv:1707.06347), bounds apart as in DAPO (Yu et al. 2025, arXiv:2503.14476).
 
     ``loss = −min(ρ·A, clip(ρ, 1 − clip_low, 1 + clip_high)·A)``; with ``dual_clip`` c (Ye et al. 2019, arXiv:1912.09729), where
-    A < 0, at most c·|A|. Written as −A times a ratio that is bounded only where it would pay to go on: above where A ≥ 0, below
-    (and by c above) where A < 0.
+    A < 0, at most c·|A|.
+
+    Computed without a graph: by logp, −ρ·A has the derivative −ρ·A, and a bound has none.
     """
-    advantages = advantages_of(inputs)
-    log_ratio = log_ratio_to(inputs, old)
-    ratio = log_ratio.exp()
-    negative, number = advantages < 0, advantages.new_tensor
-    lowest = torch.where(negative, number(1 - clip_low), number(-torch.inf))
-    highest = torch.where(negative, number(torch.inf if dual_clip is None else dual_clip), number(1 + clip_high))
-    bounded = ratio.clamp(lowest, highest)
-    return LossOutputs(inputs.weighted(bounded * -advantages), drift(log_ratio, clipped=bounded != ratio))
+    with torch.no_grad():
+        advantages, log_ratio = advantages_of(inputs), log_ratio_to(inputs, old)
+        ratio = log_ratio.exp()
+        plain = ratio * advantages
+        surrogate = torch.minimum(plain, ratio.clamp_(1 - clip_low, 1 + clip_high) * advantages)
+        if dual_clip is not None:
+            surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+        clipped = surrogate != plain
+        loss = inputs.weighted(-surrogate)
+        slope = loss.masked_fill(clipped | ~inputs.ops.mask, 0.0)
+    return LossOutputs(_WithSlope.apply(inputs.logprobs, loss, slope), drift(log_ratio, clipped))
 
 
 def cispo(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.28, old: Old = "recompute") -> LossOutputs:
@@ -97,8 +101,7 @@ def opd(inputs: LossInputs) -> LossOutputs:
     follow, and mixes with a reward. In a batch's first optimizer step the gradients are equal; this one follows the current weights.
     """
     logprobs = trained_logprobs(inputs)
-    teacher = torch.where(inputs.ops.mask, inputs.columns["teacher_logprobs"].to(logprobs.dtype), 0.0)
-    distance = logprobs.detach() - teacher
+    distance = logprobs.detach() - inputs.columns["teacher_logprobs"].to(logprobs.dtype)
     return LossOutputs(inputs.weighted(distance * logprobs), {"teacher_kl": distance})
 
 
@@ -123,11 +126,24 @@ def kl_loss(inputs: LossInputs, *, estimator: Kl = k3, unbiased: bool = False) -
     ``low_variance`` is held.
     """
     logprobs = trained_logprobs(inputs)
-    reference = torch.where(inputs.ops.mask, inputs.columns["ref_logprobs"].to(logprobs.dtype), 0.0)
+    reference = inputs.columns["ref_logprobs"].to(logprobs.dtype)
     loss = estimator(logprobs, reference)
     if unbiased:
         loss = log_ratio_to(inputs, "recompute").exp() * loss
     return LossOutputs(loss, {"ref_kl_beyond_20": (logprobs.detach() - reference).abs().gt(GUARD).to(loss.dtype)})
+
+
+class _WithSlope(torch.autograd.Function):
+    """``value`` [N] as a function of ``x`` [N] that has the derivative ``slope`` [N], where a graph would keep several columns."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.saved_tensors[0], None, None
 
 
 # ---- what they share -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..protocols import LossInputs, LossOutputs
-from .losses import trained_logprobs
 
 
 def dpo(inputs: LossInputs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutputs:
@@ -30,7 +29,7 @@ def dpo(inputs: LossInputs, *, beta: float = 0.1, label_smoothing: float = 0.0) 
     ``loss = −log σ(beta·margin)``. ``label_smoothing`` ε is the probability that the label is wrong ("conservative DPO", Mitchell
     2023): ``−(1 − ε)·log σ(beta·margin) − ε·log σ(−beta·margin)``. Rows: [N].
     """
-    margin, valid = _margin(inputs, inputs.ops.sum(_log_ratio_to_reference(inputs)))
+    margin, valid = _margin(inputs, _log_ratio_to_reference(inputs))
     loss = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
     return _on_rows(inputs, loss, margin, valid)
 
@@ -42,7 +41,7 @@ def ipo(inputs: LossInputs, *, tau: float = 0.1) -> LossOutputs:
     same for answers of any length. The paper writes the sum (eq. 17); its authors told TRL's that they took the mean. Rows: [N].
     """
     tokens = inputs.ops.trajectory_tokens.clamp(min=1)
-    margin, valid = _margin(inputs, inputs.ops.sum(_log_ratio_to_reference(inputs)) / tokens)
+    margin, valid = _margin(inputs, _log_ratio_to_reference(inputs) / tokens)
     return _on_rows(inputs, (margin - 1 / (2 * tau)).square(), margin, valid)
 
 
@@ -72,8 +71,8 @@ def value_clip(inputs: LossInputs, *, clip: float | None = 0.2) -> LossOutputs:
 
 
 def _log_ratio_to_reference(inputs: LossInputs) -> Tensor:
-    logprobs = trained_logprobs(inputs)
-    return logprobs - torch.where(inputs.ops.mask, inputs.columns["ref_logprobs"].to(logprobs.dtype), 0.0)
+    """[S]: the sum over each sample's trained tokens of ``log π − log π_ref``."""
+    return inputs.ops.sum(inputs.logprobs - inputs.columns["ref_logprobs"].to(inputs.logprobs.dtype))
 
 
 def _margin(inputs: LossInputs, score: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..algorithm_configs.losses import Old
 from ..protocols import LossInputs, LossOutputs
-from .losses import advantages_of, drift, log_ratio_to, old_logprobs, trained_logprobs
+from .losses import advantages_of, drift, log_ratio_to, old_logprobs
 
 
 def gspo(
@@ -66,21 +66,23 @@ def dppo(
     """
     advantages = advantages_of(inputs)
     log_ratio = log_ratio_to(inputs, old)
-    new = trained_logprobs(inputs).detach()
-    before = torch.where(inputs.ops.mask, old_logprobs(inputs, old), 0.0)
+    new, before = inputs.logprobs.detach(), old_logprobs(inputs, old)
     moved = (new.exp() - before.exp()).abs() if divergence == "tv" else _binary_kl(before, new)
     far = moved > (threshold if threshold is not None else {"tv": 0.15, "kl": 0.05}[divergence])
-    masked = far & torch.where(advantages > 0, new > before, new < before)
+    masked = far & torch.where(new > before, advantages > 0, (advantages < 0) & (new < before))
     loss = torch.where(masked, 0.0, -log_ratio.exp() * advantages)
     return LossOutputs(inputs.weighted(loss), drift(log_ratio, clipped=masked))
 
 
 def _sequence_mean(inputs: LossInputs, x: Tensor) -> Tensor:
-    """On each trained row the mean over its sequence's; 0 on the others, so that nothing comes back from them to the whole sequence."""
+    """On each trained row the mean over those of its sequence; 0 on the others, so that nothing comes back from them to all."""
     return torch.where(inputs.ops.mask, inputs.ops.spread(inputs.ops.mean(x, "sequence")), 0.0)
 
 
 def _binary_kl(old: Tensor, new: Tensor) -> Tensor:
-    """KL between two coins from the log-probabilities [N] of heads; 0·log 0 is 0, and infinite where old has tails and new has none."""
-    tails_old, tails_new = (-torch.expm1(x.clamp(max=0)) for x in (old, new))  # rounding can leave a log-probability above 0
-    return old.exp() * (old - new) + torch.special.xlogy(tails_old, tails_old) - torch.special.xlogy(tails_old, tails_new)
+    """KL between two coins from the log-probabilities [N] of heads; 0·log 0 is 0.
+
+    Tails of less than 1e-8 count as that many: a log-probability that rounding left at 0, or above, is not a certainty.
+    """
+    tails_old, tails_new = (-torch.expm1(x.clamp(max=0)) for x in (old, new))
+    return old.exp() * (old - new) + torch.special.xlogy(tails_old, tails_old) - tails_old * tails_new.clamp(min=1e-8).log()

@@ -42,7 +42,9 @@ class PackedModel(ABC):
         flash = layout == "packed" and device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
         self.hf = self.load(path, dtype, device, "flash_attention_2" if flash else None)
         self.device = device
-        self.vocab_size: int = self.hf.get_input_embeddings().weight.shape[0]
+        embedding = self.hf.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        self.vocab_size = embedding.shape[0]
         self._layout = LAYOUTS[layout]
         if layout == "packed":
             _check_packing(self.hf, self.vocab_size)

@@ -17,6 +17,8 @@ from miles_core.errors import ConfigError
 from .model import PackedModel, check_directory, close, read, refuse_missing
 
 HEAD = "score.weight"
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the names of transformers' language models end."""
 
 
 class ScalarModel(PackedModel):
@@ -27,6 +29,9 @@ class ScalarModel(PackedModel):
     a reward model's score of a sample is the value of its last row. Temperatures and supports do not matter to it.
 
     The head is applied in float32: a bfloat16 product would round a value to 8 bits.
+
+    Attributes:
+        score: The head.
     """
 
     gives = frozenset({"values"})
@@ -36,7 +41,8 @@ class ScalarModel(PackedModel):
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
         super().__init__(path, dtype, device, layout)
-        self._score = _score_layer(self.hf)
+        self.score = _head(self.hf)
+        _check_output(self.hf, self.score)
 
     @staticmethod
     def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
@@ -45,20 +51,24 @@ class ScalarModel(PackedModel):
         A language model lacks the head's weight, and only that. It starts at 0, so that all values do; the head learns from
         its first step on (its gradient is made of hidden states), the layers below it from the second.
 
-        Raises ConfigError as ``PackedModel.load`` does, and if transformers has no such model with a scalar head, or the
-        saved one has several labels.
+        Raises ConfigError as ``PackedModel.load`` does, and if transformers has no such model with a scalar head, the saved one
+        has several labels, or it is of a third kind (a head of another make would be dropped without a word).
         """
         check_directory(path)
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ConfigError(f"transformers has no {config.model_type} model with a scalar head; a critic or reward model needs another")
-        saved_with_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        if saved_with_head and config.num_labels != 1:
+        saved_as = (config.architectures or ["ForCausalLM"])[0]  # few leave it out, all of them language models
+        scalar = saved_as.endswith("ForSequenceClassification")
+        if not scalar and not saved_as.endswith(LANGUAGE_MODELS):
+            raise ConfigError(f"{path} holds a {saved_as}; a critic or reward model is made of a ForCausalLM or ForSequenceClassification")
+        if scalar and config.num_labels != 1:
             raise ConfigError(f"{path} classifies into {config.num_labels} labels; a critic or reward model has one")
         model, missing = read(AutoModelForSequenceClassification, path, dtype, device, attention, num_labels=1)
-        if HEAD in missing and not saved_with_head:
+        head = _head(model)
+        if HEAD in missing and not scalar:
             missing.remove(HEAD)
-            nn.init.zeros_(model.score.weight)
+            nn.init.zeros_(head.weight)
         refuse_missing(model, path, missing)
         return model
 
@@ -66,27 +76,31 @@ class ScalarModel(PackedModel):
         """See ``PackedModel.outputs``; a value stands on every row, whatever ``rows`` are: reward models read a sample's last."""
         hidden = self.hidden(batch, self.rows_to_annotate(batch))
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return {"values": F.linear(hidden.to(wide), self._score.weight.to(wide)).squeeze(-1)}
+        return {"values": F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(-1)}
 
     def rows_to_annotate(self, batch: Batch) -> np.ndarray:
         """All of them."""
         return np.arange(batch.n_rows)
 
 
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
+        raise ConfigError(f"{type(model).__name__} has no scalar head 'score' without bias; a critic or reward model needs another model")
+    return head
+
+
 @torch.no_grad()
-def _score_layer(model: PreTrainedModel) -> nn.Linear:
-    """The head, once it is known that the model's output is exactly the head's on the last hidden state.
+def _check_output(model: PreTrainedModel, head: nn.Linear) -> None:
+    """The model's output must be exactly the head's on the last hidden state.
 
     On the way the head's output is replaced by the first number of what it reads: its own may be 0 throughout.
     """
-    head, name = getattr(model, "score", None), type(model).__name__
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
-        raise ConfigError(f"{name} has no scalar head 'score' without bias; a critic or reward model needs another model")
     tokens = torch.tensor([[t for t in range(5) if t != model.config.get_text_config().pad_token_id][:4]], device=model.device)
     hook = head.register_forward_hook(lambda module, inputs, output: inputs[0][..., :1])
     logits = model(tokens, use_cache=False).logits
     hook.remove()
     expected = model.base_model(tokens, use_cache=False).last_hidden_state[:, -1, :1]
     if logits.shape != expected.shape or not close(logits, expected):
+        name = type(model).__name__
         raise ConfigError(f"the output of {name} is not score(hidden) of the last token; a critic or reward model needs another model")
-    return head

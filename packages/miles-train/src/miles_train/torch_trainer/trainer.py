@@ -20,38 +20,40 @@ import torch
 from torch import Tensor
 
 from miles_core.batch import Batch
-from miles_core.errors import ConfigError, DataError, RunError
-from miles_core.plan import Unit, micro_batches, units_of
-from miles_core.protocols import BuildContext, StepReport
+from miles_core.errors import ConfigError, DataError, RunError, StepRefused
+from miles_core.plan import micro_batches, units_of
+from miles_core.protocols import BuildContext, StepReport, Unit
 
+from ..gates import check_gates
 from ..mismatch import mismatch_metrics
 from ..plugins import TorchTrainerConfig
 from ..schedule import learning_rate
 from . import checkpoint
-from .model import LOADED, CausalLM, load_model
-from .objective import shares, spread
+from .causal_lm import CausalLM
+from .model import PackedModel, compute_dtype
+from .objective import shares
 from .optimizer import MasterAdamW
+from .scalar_model import ScalarModel
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-UNSUPPORTED = ("support", "images", "audio")
-"""Sample columns without which a forward pass would be another distribution's; they are not used yet."""
+MODELS: dict[str, type[PackedModel]] = {"critic": ScalarModel, "reward": ScalarModel}
+"""What a model of a role is; all others are language models."""
 
 
 class TorchTrainer:
-    """A Hugging Face causal language model that is trained, or only asked for log-probabilities (no losses in its context).
+    """A Hugging Face model that is trained, or only asked for columns (no losses in its context). Critics and reward models have a
+    scalar head, all others are language models.
 
     Heavy work runs in one thread of the trainer's own, so that the event loop stays alive and calls wait for each other.
 
     Attributes:
         version: Version of the weights, as published. The loop sets it after each publish.
         optimizer_steps: Optimizer steps taken since the model's starting weights.
-        unit: Samples of one unit share a micro-batch.
-        model: The language model.
+        unit: Samples of one unit share a micro-batch: those of a trajectory, or of a group where a loss is a function of pairs or groups.
+        model: The model.
     """
-
-    unit: Unit = "sequence"
 
     def __init__(self, config: TorchTrainerConfig, context: BuildContext) -> None:
         if context.model_path is None:
@@ -66,52 +68,58 @@ class TorchTrainer:
         self.context = context
         self.version = 0
         self.optimizer_steps = 0
+        self.unit: Unit = "group" if {loss.unit for loss in context.losses.values()} & {"pair", "group"} else "sequence"
         device = torch.device(context.device)
-        dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-        self.model = CausalLM(context.model_path, dtype, device, config.layout)
-        self._optimizer = self._new_optimizer(context.model_path, dtype) if context.losses else None
+        self._dtype = compute_dtype(config.dtype, device)
+        self.model = MODELS.get(context.role, CausalLM)(context.model_path, self._dtype, device, config.layout)
+        self._optimizer = self._new_optimizer(context.model_path) if context.losses else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"trainer-{context.model}")
 
-    def _new_optimizer(self, path: Path, dtype: torch.dtype) -> MasterAdamW:
-        own = dtype != torch.float32  # read again: a checkpoint may hold more digits than the forward pass uses
-        masters = load_model(path, torch.float32, self.model.device) if own else self.model.hf
+    def _new_optimizer(self, path: Path) -> MasterAdamW:
+        own = self._dtype != torch.float32  # read again: a checkpoint may hold more digits than the forward pass uses
+        masters = self.model.load(path, torch.float32, self.model.device) if own else self.model.hf
         return MasterAdamW(self.model.hf, dict(masters.named_parameters()), self.config)
 
     async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
-        """Add log-probabilities under the present weights, at the temperatures the tokens were sampled at.
+        """Add what the model says under the present weights.
 
         Args:
             batch: Any samples.
-            columns: Of ``old_logprobs``, ``ref_logprobs`` and ``teacher_logprobs``; each gets the same float32 [N]. NaN
-                where there is nothing to say: on the last row of a sample, and where the token was taken greedily.
+            columns: Of a language model ``old_logprobs``, ``ref_logprobs`` and ``teacher_logprobs``: log-probabilities at the
+                temperatures the tokens were sampled at, each the same float32 [N], NaN where there is nothing to say: on the last
+                row of a sample, and where the token was taken greedily. Of a critic or reward model ``values``: float32 [N], a
+                number on every row.
 
         Raises:
             ConfigError: Another column is asked for.
             DataError: A token id is outside the vocabulary.
         """
-        if strange := sorted(columns - self.config.gives):
+        if strange := sorted(columns - self.model.gives):
             raise ConfigError(
-                f"trainer 'torch' cannot give {strange[0]!r}, only {', '.join(sorted(self.config.gives))}; take it from another model"
+                f"a {self.context.role} of trainer 'torch' cannot give {strange[0]!r}, only {', '.join(sorted(self.model.gives))}; "
+                "take it from another model"
             )
         if not columns:
             return batch
-        logprobs = await self._in_thread(self._annotate, batch)
-        return batch.with_columns({name: logprobs for name in sorted(columns)})
+        annotated = await self._in_thread(self._annotate, batch)
+        return batch.with_columns({name: annotated for name in sorted(columns)})
 
     async def step(self, batch: Batch) -> StepReport:
         """Train on ``batch.optimizer_steps()`` in order; a step in which no token is trained is passed over.
 
-        Metrics: ``loss`` and ``loss/<term>``, ``entropy`` (mean over trained tokens), ``grad_norm`` (before clipping) and what
-        the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all of
-        them; ``lr`` of the last; ``seconds/forward_backward``; and what ``mismatch_metrics`` says of the first optimizer
-        step's trained tokens, before any update.
+        Metrics: ``loss`` and ``loss/<term>``, ``entropy`` or ``values`` (mean over trained tokens), ``grad_norm`` (before clipping)
+        and what the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all
+        of them; ``lr`` of the last; ``seconds/forward_backward``; and of language models what ``mismatch_metrics`` says of the
+        first optimizer step's trained tokens, before any update. ``gates`` bound the latter.
 
         The schedule counts optimizer steps; it ends at ``context.total_steps`` × the optimizer steps of this call.
 
         Raises:
             ConfigError: The model has no loss.
             DataError: A token id is outside the vocabulary, or a sample needs what this trainer cannot do.
-            RunError: Loss or gradient is not finite (the weights are those before that optimizer step), or no token is trained.
+            StepRefused: Loss or gradient is not finite (names the sample) or a gate is out of bounds in the first optimizer step,
+                or no token is trained: nothing has changed.
+            RunError: Loss or gradient is not finite in a later one; the weights are those before that optimizer step.
         """
         return await self._in_thread(self._step, batch)
 
@@ -152,10 +160,10 @@ class TorchTrainer:
     def _loaded(self, batch: Batch) -> Batch:
         """The batch with the columns the model reads, checked."""
         for ref in batch.refs:
-            for name in UNSUPPORTED:
+            for name in self.model.unsupported:
                 if name in ref.get().columns:
                     raise DataError(f"sample {ref.id} has a column {name!r}, which trainer 'torch' cannot use yet; sample without it")
-        batch = batch.load(LOADED)
+        batch = batch.load(self.model.reads)
         tokens = batch.array("tokens")
         bad = np.flatnonzero((tokens < 0) | (tokens >= self.model.vocab_size))
         if len(bad):
@@ -169,14 +177,12 @@ class TorchTrainer:
     @torch.no_grad()
     def _annotate(self, batch: Batch) -> np.ndarray:
         batch = self._loaded(batch)
-        logprobs = np.full(batch.n_rows, np.nan, np.float32)
+        column = np.full(batch.n_rows, np.nan, np.float32)
         for samples in self._micro_batches(batch, np.arange(len(batch))):
             micro = batch.select(samples)
-            predicts = micro.array("temperatures") > 0
-            predicts[micro.cu_seqlens[1:] - 1] = False
-            rows = np.flatnonzero(predicts)
-            logprobs[batch.rows_of(samples)[rows]] = self.model.logprobs(micro, rows).logprob.cpu().numpy()
-        return logprobs
+            rows = self.model.rows_to_annotate(micro)
+            column[batch.rows_of(samples)[rows]] = self.model.outputs(micro, rows)[self.model.annotated].cpu().numpy()[rows]
+        return column
 
     def _step(self, batch: Batch) -> StepReport:
         optimizer, batch = self._trained(), self._loaded(batch)
@@ -190,45 +196,61 @@ class TorchTrainer:
             start = time.perf_counter()
             try:
                 report, logprobs = self._forward_backward(minibatch)
+                if not reports and logprobs is not None:
+                    mismatch = _mismatch(minibatch, logprobs, self.version)
+                    check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."))
                 norm = optimizer.gradient_norm()
                 report |= {"grad_norm": float(norm), "lr": learning_rate(self.config, self.optimizer_steps, total)}
                 seconds += time.perf_counter() - start
                 if not norm.isfinite():
-                    raise RunError(f"the gradient's norm is {float(norm)}, though the loss is finite")
+                    raise RunError(f"the gradient's norm is {float(norm)}, though the loss is finite{self._origin(minibatch)}")
                 optimizer.step(report["lr"], norm, self.config.max_grad_norm)
             except RunError as error:
-                raise RunError(f"optimizer step {self.optimizer_steps + 1}: {error}. The weights are those before it.") from error
+                refusal = RunError if reports else StepRefused
+                raise refusal(f"optimizer step {self.optimizer_steps + 1}: {error}. The weights are those before it.") from error
             finally:
                 optimizer.zero_grad()
-            if not reports:
-                mismatch = _mismatch(minibatch, logprobs, self.version)
             self.optimizer_steps += 1
             reports.append(report | {"tokens": minibatch.segments.tokens})
         if not reports:
-            raise RunError("the batch trains no token in any of its optimizer steps: every loss mask is empty")
+            raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
         metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
         metrics |= {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
         return StepReport(metrics | mismatch, len(reports))
 
-    def _forward_backward(self, minibatch: Batch) -> tuple[dict[str, float], np.ndarray]:
-        """Gradients of one optimizer step; its metrics, and the trainer's log-probabilities, float64 [N], NaN where not trained."""
-        assert self.context.aggregation is not None
-        logprobs = np.full(minibatch.n_rows, np.nan)
+    def _forward_backward(self, minibatch: Batch) -> tuple[dict[str, float], np.ndarray | None]:
+        """Gradients of one optimizer step; its metrics, and a language model's log-probabilities, float64 [N], of the trained rows."""
+        logprobs = np.full(minibatch.n_rows, np.nan) if self.model.annotated == "logprobs" else None
         sums: dict[str, Tensor] = {}
         kept = np.flatnonzero(minibatch.segments.sequence_tokens)
         trained = minibatch.select(kept)
         for samples in self._micro_batches(trained, units_of(trained, self.unit)):
-            micro = trained.select(samples)
-            rows = np.flatnonzero(micro.array("loss_mask"))
-            result = self.model.logprobs(micro, rows)
-            logprob, entropy = spread(result.logprob, rows, micro), spread(result.entropy, rows, micro)
-            outputs = {"logprobs": logprob, "entropy": entropy}
-            loss, parts = shares(micro, outputs, self.context.losses, self.context.aggregation)
-            loss.backward()
+            outputs, parts = self._add_gradient(trained.select(samples))
             for name, part in parts.items():
                 sums[name] = sums[name] + part if name in sums else part
-            logprobs[minibatch.rows_of(kept[samples])[rows]] = result.logprob.detach().cpu().numpy()
+            if logprobs is not None:
+                logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].detach().cpu().numpy()
         return {name: float(x) for name, x in sums.items()}, logprobs
+
+    def _add_gradient(self, micro: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts."""
+        assert self.context.aggregation is not None
+        outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
+        loss, parts = shares(micro, outputs, self.context.losses, self.context.aggregation)
+        loss.backward()
+        return outputs, parts
+
+    def _origin(self, minibatch: Batch) -> str:
+        """Whose gradient is not finite. Every unit is computed again, alone: only a step that is refused pays for that."""
+        optimizer = self._trained()
+        trained = minibatch.select(np.flatnonzero(minibatch.segments.sequence_tokens))
+        for samples in micro_batches(trained.lengths, units_of(trained, self.unit), 1, padded=False):
+            optimizer.zero_grad()
+            self._add_gradient(trained.select(samples))
+            if not optimizer.gradient_norm().isfinite():
+                ids = [str(trained.refs[s].id) for s in samples]
+                return f"; it comes from {'sample' if len(ids) == 1 else 'one of the samples'} {', '.join(ids)}"
+        return ", and so is each sample's own gradient: only their sum is not"
 
 
 def _mismatch(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, float]:
