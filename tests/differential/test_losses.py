@@ -513,10 +513,12 @@ def test_dppo_masks_by_divergence(divergence, old, new, advantage, masked):
     assert (got.gradients["logprobs"][case.mask] == 0).all() == masked
 
 
-def test_dppo_takes_a_log_probability_that_rounding_left_above_zero():
-    case = worked_case(np.full((2, 4), 1e-7), old_logprobs=np.full((2, 4), -0.7))
+@pytest.mark.parametrize(("old", "new", "masked"), [(-0.7, 1e-7, 4 / 7), (1e-7, -0.7, 3 / 7)])
+def test_dppo_takes_a_log_probability_that_rounding_left_above_zero(old, new, masked):
+    """Upward on the rows with A > 0, downward on those with A < 0."""
+    case = worked_case(np.full((2, 4), new), old_logprobs=np.full((2, 4), old))
     got = evaluate(built("loss", "dppo", divergence="kl"), case)
-    assert got.metrics["clip_fraction"] == pytest.approx(4 / 7) and np.isfinite(got.value)  # the rows with A > 0
+    assert got.metrics["clip_fraction"] == pytest.approx(masked) and np.isfinite(got.value)
 
 
 def test_distillation_in_the_loss_is_that_of_the_advantage_at_the_old_weights():

@@ -288,7 +288,7 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
         if obj.point != point:
             raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
         if not issubclass(obj, base := POINTS[point].config_base):
-            raise PluginError(f"{point} {use!r} of {origin}: its options {obj.__name__} must derive from miles_core.plugins.{base.__name__}")
+            raise PluginError(f"{point} {use!r} of {origin}: its options {obj.__name__} must derive from {base.__module__}.{base.__name__}")
         return obj
     if not (inspect.isroutine(obj) or inspect.isclass(obj)):
         raise PluginError(f"{point} {use!r} of {origin} is a {type(obj).__name__}; expected a function, a class or a PluginConfig")

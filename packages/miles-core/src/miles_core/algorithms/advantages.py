@@ -83,12 +83,11 @@ def pass_at_k(inputs: AdvantageInputs, *, k: int) -> Tensor:
     fails = _all_within(wrong, groups.size, k)
     deviation = ((1 - fails) * fails).sqrt()
     centred = torch.where(reward > 0, fails, fails - _all_within(wrong - 1, groups.size - 1, k - 1))
-    counts = (groups.size >= k) & (deviation > 0)
-    return groups.rows(torch.where(counts, centred / torch.where(counts, deviation, 1.0), 0.0))
+    return groups.rows(torch.where(deviation > 0, centred / deviation, 0.0))
 
 
 def _all_within(part: Tensor, whole: Tensor, k: int) -> Tensor:
-    """``C(part, k) / C(whole, k)``: of all sets of k of ``whole`` things the share that lies within ``part`` of them; k ≤ whole."""
+    """``C(part, k) / C(whole, k)``: of all sets of k of ``whole`` things the share that lies within ``part`` of them; 0 if part < k."""
     i = torch.arange(k, dtype=part.dtype)
     return ((part[:, None] - i).clamp(min=0) / (whole[:, None] - i).clamp(min=1)).prod(1)
 
@@ -137,8 +136,7 @@ def preference(inputs: AdvantageInputs) -> Tensor:
         place = torch.where(x == groups.max(x), order, -torch.inf)
         return (place == groups.max(place)).double()
 
-    sign = first_best(reward) - first_best(-reward)
-    return groups.rows(torch.where(groups.sum(sign * reward) > 0, sign, 0.0))
+    return groups.rows(first_best(reward) - first_best(-reward))  # of equals the same one is best and worst: 0
 
 
 def opd(inputs: AdvantageInputs, *, base: Advantage | None = None, coefficient: float = 1.0) -> dict[str, Tensor]:
