@@ -110,7 +110,7 @@ def test_every_advantage_runs(miles, advantage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("advantage", "loss"), itertools.product(ADVANTAGES, LOSSES))
+@pytest.mark.parametrize(("advantage", "loss"), list(itertools.product(ADVANTAGES, LOSSES)))
 def test_every_advantage_runs_with_every_loss_or_is_refused(miles, advantage, loss):
     runs_or_is_refused(miles, advantage, loss)
 

@@ -310,6 +310,14 @@ DENOMINATORS = {"token_mean": "tokens", "sequence_mean": "sequences", "sequence_
 DENOMINATORS |= {"trajectory_mean": "trajectories"}
 
 
+def denominator(batch: Batch, aggregation: str) -> int:
+    """Counted here: trained tokens, or sequences or trajectories that have any; 1 for a sum."""
+    trained = [batch.segment[row] for row in np.flatnonzero(batch.array("loss_mask"))]
+    places = {s: (batch.refs[s].id.group, batch.refs[s].id.trajectory) for s in trained}
+    counts = {"tokens": len(trained), "sequences": len(places), "trajectories": len(set(places.values()))}
+    return counts[DENOMINATORS[aggregation]] if aggregation in DENOMINATORS else 1
+
+
 @every_case
 def test_epochs_and_mini_batches(case: int) -> None:
     """Each optimizer step has denominators of its own and is the same however it is packed; an epoch's add up to the whole batch.
@@ -328,10 +336,8 @@ def test_epochs_and_mini_batches(case: int) -> None:
     for epoch in (slice(0, 3), slice(3, 6)):
         np.testing.assert_array_equal(np.sort(np.concatenate(batch.steps[epoch])), np.arange(len(batch)))
         for name, outcome in whole(case)[1].items():
-            counts = [getattr(step.segments, DENOMINATORS[name]) if name in DENOMINATORS else 1 for step in steps[epoch]]
-            total = sum(o[name].loss * count for o, count in zip(found[epoch], counts, strict=True))
-            denominator = getattr(batch.segments, DENOMINATORS[name]) if name in DENOMINATORS else 1
-            assert total == pytest.approx(outcome.loss * denominator, rel=TOLERANCE, abs=TOLERANCE), name
+            total = sum(o[name].loss * denominator(step, name) for o, step in zip(found[epoch], steps[epoch], strict=True))
+            assert total == pytest.approx(outcome.loss * denominator(batch, name), rel=TOLERANCE, abs=TOLERANCE), name
 
 
 @every_case
@@ -368,12 +374,6 @@ def one_step(case: Case, samples: list[Sample], *, kl_reward: bool = False) -> t
     return step, cut(step, case[1], [np.arange(len(step))])
 
 
-SHARED_ROWS_COUNT_TWICE = {
-    "gae": "whitening", "reinforce_pp": "whitening", "reinforce_pp_baseline": "whitening", "opo": "a trajectory's length",
-}  # fmt: skip
-"""Advantages with statistics that take a row once for each branch that shares it, though it is trained once."""
-
-
 def check_copies(case: Case, **kwargs: Any) -> None:
     step, expected = one_step(case, samples_of(case[0]), **kwargs)
     copied, found = one_step(case, branched(samples_of(case[0]), "copy"), **kwargs)
@@ -383,15 +383,11 @@ def check_copies(case: Case, **kwargs: Any) -> None:
 
 
 @every_case
-def test_a_branch_that_is_a_copy_changes_nothing(case: int, request: pytest.FixtureRequest) -> None:
+def test_a_branch_that_is_a_copy_changes_nothing(case: int) -> None:
     """Its rows are trained once; baselines, lengths and means over sequences do not see it."""
-    advantage, loss = CASES[case]
-    if (what := SHARED_ROWS_COUNT_TWICE.get(advantage)) and "advantages" in config("loss", loss).required():
-        request.applymarker(pytest.mark.xfail(reason=f"{what} counts a shared row once for each branch", strict=True))
     check_copies(CASES[case])
 
 
-@pytest.mark.xfail(reason="a trajectory's KL penalty counts a shared row once for each branch", strict=True)
 def test_a_branch_that_is_a_copy_is_not_penalised_again() -> None:
     check_copies(("grpo", {"use": "ppo_clip"}), kl_reward=True)
 

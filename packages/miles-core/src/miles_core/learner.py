@@ -109,7 +109,7 @@ class Learner:
             added = loss.columns_from(batch, self.seed)
             if taken := added.keys() & batch.columns.keys():
                 raise ConfigError(f"loss {name!r} adds the column {min(taken)!r}, which another has added; use one of the two")
-            batch = batch.with_columns(added)
+            batch = batch.with_columns(added) if added else batch
         return batch
 
     async def step(self, batch: Batch, stage_step: int) -> dict[str, float]:

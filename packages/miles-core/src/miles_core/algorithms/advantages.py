@@ -57,7 +57,7 @@ def opo(inputs: AdvantageInputs) -> Tensor:
     log-probability grows as its length. Returns [N].
     """
     groups = Groups.of(inputs.ops)
-    reward, length = groups.rewards(inputs), groups.per_trajectory(inputs.ops.trajectory_tokens)
+    reward, length = groups.rewards(inputs), groups.per_trajectory(inputs.once.trajectory_tokens)
     baseline = groups.sum(length * reward) / groups.sum(length).clamp(min=1)
     return groups.rows(torch.where(groups.differ(reward), reward - baseline, 0.0))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import DataError, PluginError
+from ..prefixes import train_once
 from ..protocols import Advantage, AdvantageInputs, Correction, CorrectionInputs, CorrectionOutputs, Kl
 from .segments import SegmentOps
 
@@ -31,13 +32,24 @@ def advantage_columns(
         DataError: One of a trained row is not finite in float32; names the sample.
     """
     ops, columns = SegmentOps.of(batch), _tensors(batch)
+    owners = None if batch.owners is None else torch.from_numpy(batch.owners)
+    counted = None if batch.owners is None else SegmentOps.of(train_once(batch, batch.owners))
     token_rewards = None
     if kl_reward is not None:
         estimator, coefficient = kl_reward
         divergence = torch.where(ops.mask, estimator(columns["old_logprobs"].double(), columns["ref_logprobs"].double()), 0.0)
         token_rewards = -coefficient * divergence
-        metrics["kl_reward/mean"] = float(ops.mean(divergence, "global"))
-    inputs = AdvantageInputs(torch.from_numpy(batch.rewards), columns, ops, _reward_parts(batch), weights, token_rewards)
+        metrics["kl_reward/mean"] = float((counted or ops).mean(divergence, "global"))
+    inputs = AdvantageInputs(
+        rewards=torch.from_numpy(batch.rewards),
+        columns=columns,
+        ops=ops,
+        parts=_reward_parts(batch),
+        weights=weights,
+        token_rewards=token_rewards,
+        owners=owners,
+        counted=counted,
+    )
     given = advantage(inputs)
     named = given if isinstance(given, dict) else {"advantages": given}
     for name, column in named.items():

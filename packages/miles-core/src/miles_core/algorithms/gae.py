@@ -43,7 +43,7 @@ def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 1.0, whiten
         found = discounted_sums(errors, steps.lengths, gamma * lam)
         steps.put(found, advantages)
         steps.put(found + values, returns)
-    return {"advantages": whitened(advantages, ops) if whiten else advantages, "returns": returns}
+    return {"advantages": whitened(advantages, inputs) if whiten else advantages, "returns": returns}
 
 
 def reinforce_pp(inputs: AdvantageInputs, *, gamma: float = 1.0) -> Tensor:
@@ -76,7 +76,7 @@ def _whitened_returns(inputs: AdvantageInputs, rewards: Tensor, gamma: float) ->
     returns = torch.zeros(len(inputs.ops.mask), dtype=torch.float64)
     for steps in Steps.blocks(inputs.ops):
         steps.put(discounted_sums(step_rewards(inputs, rewards, steps), steps.lengths, gamma), returns)
-    return whitened(returns, inputs.ops)
+    return whitened(returns, inputs)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,11 @@ def discounted_sums(x: Tensor, lengths: Tensor, factor: float) -> Tensor:
     return y.view(-1).index_select(0, places)
 
 
-def whitened(x: Tensor, ops: SegmentOps) -> Tensor:
-    """``(x − mean) / sqrt(var + 1e-8)`` with the moments of all trained rows of the batch, n − 1 in the variance; 0 outside the mask."""
-    centred = torch.where(ops.mask, x - ops.mean(x, "global"), 0.0)
-    return centred / (ops.sum(centred**2, "global") / max(ops.tokens - 1, 1) + 1e-8).sqrt()
+def whitened(x: Tensor, inputs: AdvantageInputs) -> Tensor:
+    """``(x − mean) / sqrt(var + 1e-8)`` with the moments of all trained rows of the batch, n − 1 in the variance; 0 outside the mask.
+
+    A row that branches share counts once, with the mean over the branches.
+    """
+    x, once = inputs.over_branches(x), inputs.once
+    centred = torch.where(inputs.ops.mask, x - once.mean(x, "global"), 0.0)
+    return centred / (once.sum(centred**2, "global") / max(once.tokens - 1, 1) + 1e-8).sqrt()

@@ -39,9 +39,9 @@ class Groups:
         return out
 
     def rewards(self, inputs: AdvantageInputs) -> Tensor:
-        """[T], each trajectory's reward and the sum of its rows' ``token_rewards``, if there are any."""
+        """[T], each trajectory's reward and the sum of its rows' ``token_rewards``, if there are any; rows that branches share once."""
         reward = self.per_trajectory(inputs.rewards)
-        return reward if inputs.token_rewards is None else reward + self.ops.sum(inputs.token_rewards.double(), "trajectory")
+        return reward if inputs.token_rewards is None else reward + inputs.once.sum(inputs.token_rewards.double(), "trajectory")
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the group of each trajectory."""

@@ -26,6 +26,8 @@ class AdvantageInputs:
         parts: float [S] each: the reward's named parts before weighting, on each of the trajectory's samples.
         weights: Weight of each part in the reward.
         token_rewards: float [N], what each trained row earns by itself (a KL penalty); None where nothing is configured.
+        owners: int64 [N], the row that trains what a row predicts where branches share a prefix; None where nothing is shared.
+        counted: ``ops`` in which a row that branches share counts once; None where nothing is shared.
     """
 
     rewards: Tensor
@@ -34,6 +36,20 @@ class AdvantageInputs:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     token_rewards: Tensor | None = None
+    owners: Tensor | None = None
+    counted: SegmentOps | None = None
+
+    @property
+    def once(self) -> SegmentOps:
+        """Reductions for statistics over rows and their numbers: a row that branches share counts once."""
+        return self.ops if self.counted is None else self.counted
+
+    def over_branches(self, x: Tensor) -> Tensor:
+        """[N] → [N]: on rows that branches share, the mean over the branches; that is what they are trained with."""
+        if self.owners is None:
+            return x
+        total, count = x.new_zeros(len(x)).index_add(0, self.owners, x), self.owners.bincount(minlength=len(x))
+        return (total / count.clamp(min=1))[self.owners]
 
 
 class Advantage(Protocol):
