@@ -161,9 +161,9 @@ class SegmentOps:
 
         Args:
             x: [N], e.g. the loss of each row.
-            weights: [N], an aggregation's weights (they sum to 1 over the step for a mean).
+            weights: [N], an aggregation's weights (they sum to 1 over the step for a mean); taken in the dtype of ``x``.
         """
-        return (self._trained(x) * self._trained(weights)).sum()
+        return (self._trained(x) * self._trained(weights.to(x.dtype))).sum()
 
     def _trained(self, x: Tensor) -> Tensor:
         return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))  # not x * mask: NaN × 0 is NaN
