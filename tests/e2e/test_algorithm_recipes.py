@@ -56,8 +56,8 @@ def rows_of(run: str) -> list[dict]:
 
 def senseless(advantage: str, loss: str) -> str | None:
     """What ``miles check`` must refuse of a combination, as part of its sentence."""
-    if loss == "gspo" and config_class("advantage", advantage).per_token:
-        return "token_advantages"
+    if loss in ("gspo", "gmpo") and config_class("advantage", advantage).per_token:
+        return "differs between tokens"
     if loss in PAIRS and config_class("advantage", advantage).per_token:
         return "preference"
     return None

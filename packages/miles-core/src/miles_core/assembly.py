@@ -51,7 +51,14 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
     tokenizers = {name: cast("Tokenizer", load_tokenizer(path)) for name, path in paths.items()}
     contexts = {
-        name: replace(base, model=name, role=model.role, model_path=paths.get(name), tokenizer=tokenizers.get(name))
+        name: replace(
+            base,
+            model=name,
+            role=model.role,
+            total_steps=stage.steps - model.frozen_steps,
+            model_path=paths.get(name),
+            tokenizer=tokenizers.get(name),
+        )
         for name, model in stage.models.items()
     }
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}

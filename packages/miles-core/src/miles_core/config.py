@@ -294,7 +294,7 @@ def _point_of(path: KeyPath) -> str | None:
     singular = {"rewards": "reward", "losses": "loss", "group_filters": "group_filter", "sample_filters": "sample_filter"}
     singular |= {"corrections": "ratio_correction"}
     singular |= {"evaluators": "evaluator", "trackers": "tracker", "hooks": "hook"}
-    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport", "estimator": "kl"}
+    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport", "estimator": "kl", "base": "advantage"}
     names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment")
     last = path[-1]
     if len(path) > 1 and path[-2] in singular:

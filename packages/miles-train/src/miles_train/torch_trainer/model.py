@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,10 +110,19 @@ def check_directory(path: Path) -> None:
 def read(
     auto_class: Any, path: Path, dtype: torch.dtype, device: torch.device, attention: str | None, **fields: Any
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model that a transformers Auto class reads, and the names of weights that are not in the checkpoint."""
-    model, info = auto_class.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True, **fields
-    )
+    """The model that a transformers Auto class reads, and the names of weights that are not in the checkpoint.
+
+    transformers' own report of them is not printed: who calls refuses them, or knows why they are missing.
+    """
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        model, info = auto_class.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True, **fields
+        )
+    finally:
+        report.setLevel(level)
     return model.to(device).eval(), set(info["missing_keys"])
 
 
