@@ -214,3 +214,11 @@ def test_a_subset_is_seeded_and_of_the_split() -> None:
     assert all(whole[p.id] == p for p in first)
     with pytest.raises(ConfigError, match=r"subset\.size is 2000, but test has 1319 rows"):
         gsm8k("test", subset={"size": 2000})
+
+
+def test_texts_are_prompts_in_their_order() -> None:
+    config = config_class("data_source", "texts")
+    source = config.model_validate({"use": "texts", "texts": ["a", "b"]}).build(CONTEXT)
+    assert [(p.id, p.text) for p in (source[0], source[1])] == [("0", "a"), ("1", "b")] and len(source) == 2
+    with pytest.raises(ValueError, match="at least 1 item"):
+        config.model_validate({"use": "texts", "texts": []})

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_core.config import StageConfig
-from miles_core.errors import DataError, RunError
+from miles_core.errors import ConfigError, DataError, RunError
 from miles_core.learner import Learner
-from miles_core.protocols import StepReport
+from miles_core.protocols import CorrectionOutputs, StepReport
 from miles_core.refs import SampleRef
 
 
@@ -212,6 +212,57 @@ async def test_who_learns_is_trained_on_the_same_batch_and_reports_under_its_nam
     metrics = await made.step(made.prepare(refs(group_of(1, 2)), 0), 0)
     assert log == [("policy", "step", 2), ("critic", "step", 2)]
     assert metrics == {"filtered/f": 0.0, "loss": 1.0, "optimizer_steps": 2, "critic/loss": 1.0, "critic/optimizer_steps": 2}
+
+
+async def test_a_frozen_model_waits_while_its_servant_learns():
+    log = []
+    made = learner(policy={"frozen_steps": 2}, models={"critic": CRITIC}, log=log)
+    for stage_step in range(3):
+        await made.step(made.prepare(refs(group_of(1, 2)), stage_step), stage_step)
+    assert [name for name, *_ in log] == ["critic", "critic", "policy", "critic"]
+
+
+@pytest.mark.parametrize(("loss", "unit"), [("ppo_clip", "sequence"), ("gspo", "sequence"), ("dpo", "group")])
+def test_pairs_stay_together_in_an_optimizer_step(loss, unit):
+    made = learner(policy={"losses": {"l": {"use": loss}}}, minibatches=2)
+    assert made.unit == unit
+    samples = [s for g in range(4) for s in group_of(1, 2, group=f"g{g}")]
+    steps = made.prepare(refs(samples), 0).steps
+    groups = [{samples[i].id.group for i in step} for step in steps]
+    assert (groups[0].isdisjoint(groups[1])) == (unit == "group")
+
+
+def test_corrections_follow_the_advantage_and_losses_may_ask_for_columns():
+    """Half of the rows leave by the first correction; the second sees the rest; the selection by covariance comes last."""
+    seen = []
+
+    def first(inputs):
+        seen.append(int(inputs.ops.mask.sum()))
+        keep = torch.zeros(len(inputs.ops.mask), dtype=torch.bool)
+        keep[inputs.ops.mask.nonzero()[:2]] = True
+        return CorrectionOutputs(weights=torch.full((len(keep),), 3.0, dtype=torch.float64), keep=keep, metrics={"m": 1.0})
+
+    def second(inputs):
+        seen.append(int(inputs.ops.mask.sum()))
+        return CorrectionOutputs(weights=torch.full((len(inputs.ops.mask),), 0.5, dtype=torch.float64))
+
+    torch = pytest.importorskip("torch")
+    made = learner(advantage=by_row, policy={"losses": {"cov": {"use": "kl_cov", "fraction": 0.5}}})
+    made.corrections = {"first": first, "second": second}
+    batch = made.prepare(refs(group_of(2, 2)), 0)
+    batch = made.advantages(batch.with_columns({"old_logprobs": batch.array("logprobs")}))
+    assert seen == [4, 2] and batch.segments.tokens == 2
+    assert batch.array("correction_weights")[batch.array("loss_mask")].tolist() == [1.5, 1.5]
+    assert made.metrics["correction/first/dropped"] == 0.5 and made.metrics["correction/first/m"] == 1.0
+    assert batch.array("high_covariance").sum() == 1  # half of the two rows that are left
+
+
+def test_two_losses_that_select_for_themselves_are_refused():
+    two = {"a": {"use": "kl_cov"}, "b": {"use": "clip_cov"}}
+    made = learner(advantage=by_row, policy={"losses": two})
+    batch = made.prepare(refs(group_of(2, 2)), 0)
+    with pytest.raises(ConfigError, match="loss 'b' adds the column 'high_covariance', which another has added"):
+        made.advantages(batch.with_columns({"old_logprobs": batch.array("logprobs")}))
 
 
 @pytest.mark.parametrize(("call", "what"), [("annotate", "annotate old_logprobs"), ("step", "train one step")])

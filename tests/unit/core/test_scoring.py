@@ -298,3 +298,10 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "reward 'stuck' of sample p/g/t0.b0@0 waited 0.1 s" in done.stdout
+
+
+async def test_the_environment_s_part_weighs_what_the_stage_says():
+    samples = group(2)
+    samples[0].rewards = {"environment": 1.0}
+    await Scorer({"length": reward(length, weight=0.5)}, None, environment_weight=0.0).score_group(samples)
+    assert samples[0].reward == 1.0 and samples[0].rewards == {"environment": 1.0, "length": 2.0}
