@@ -118,7 +118,7 @@ def log_ratio(trainer, rollout):
 
 
 def exp(x):
-    return math.exp(x) if x < 709 else INF
+    return INF if x > 709 else math.exp(x)  # NaN stays NaN
 
 
 def by_hand(use, options, trainer, rollout, advantages):

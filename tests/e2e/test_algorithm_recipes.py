@@ -157,6 +157,7 @@ def test_a_few_steps_of_every_recipe(miles, recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("recipe", "gain", "final"), [("ppo", 0.4, 0.8), ("dpo", 0.3, 0.6), ("reward_model", 0.4, 0.8), ("opd", 0.4, 0.8)])
 def test_every_recipe_learns(miles, recipe, gain, final):
     """From SFT's held-out accuracy of some .3; the whole recipe, a minute or two each."""

@@ -388,8 +388,10 @@ def test_a_branch_that_is_a_copy_changes_nothing(case: int) -> None:
     check_copies(CASES[case])
 
 
-def test_a_branch_that_is_a_copy_is_not_penalised_again() -> None:
-    check_copies(("grpo", {"use": "ppo_clip"}), kl_reward=True)
+@pytest.mark.parametrize("advantage", sorted(set(ADVANTAGES) - set(PLAIN_REWARDS)))
+def test_a_branch_that_is_a_copy_is_not_penalised_again(advantage: str) -> None:
+    """With a KL penalty in the reward: a shared row's counts once."""
+    check_copies((advantage, {"use": "ppo_clip"}), kl_reward=True)
 
 
 BY_TOKENS = {"opo"} | {name for name in ADVANTAGES if config("advantage", options_of("advantage", name)).per_token}

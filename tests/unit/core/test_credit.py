@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from fixtures.samples import answer, random_samples, sample_id
+from fixtures.samples import answer, random_samples, sample_id, two_branches
 
 from miles_core.batch import Batch
 from miles_core.errors import DataError, PluginError
 from miles_core.plugins import config_class
+from miles_core.prefixes import row_owners
 from miles_core.protocols import BuildContext, CorrectionOutputs
 from miles_core.refs import SampleRef
 
@@ -94,6 +96,21 @@ def test_a_kl_penalty_is_what_each_trained_token_earns():
     _, metrics = columns_of(batch, seen(ones, inputs), kl_reward=(estimator, 0.1))
     np.testing.assert_allclose(inputs[0].token_rewards.numpy(), [-0.05, 0.1, 0, 0, -0.1, 0, 0], atol=1e-15)
     assert metrics == {"kl_reward/mean": pytest.approx((0.5 - 1 + 1) / 5)}
+
+
+def test_rows_that_branches_share_are_counted_once():
+    """Branches 10 11 12 and 10 11 20 21 share the rows that predict 10 and 11: seven trained rows are five of ``counted``."""
+    batch = annotated(two_branches())
+    batch = replace(batch, owners=row_owners(batch)).with_columns({"ref_logprobs": batch.array("old_logprobs") - 1})
+    reference = batch.array("ref_logprobs").copy()
+    reference[3] -= 3  # the row that predicts 12, which only branch 0 has
+    estimator = config_class("kl", "k1").model_validate({"use": "k1"}).build(BuildContext(None, "t", 0))
+    inputs: list = []
+    _, metrics = columns_of(batch.with_columns({"ref_logprobs": reference}), seen(ones, inputs), kl_reward=(estimator, 1.0))
+    [given] = inputs
+    assert given.ops.tokens == 7 and given.counted.tokens == 5 and given.counted.sequence_tokens.tolist() == [3, 2]
+    assert given.owners.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 8, 9, 10]
+    assert metrics == {"kl_reward/mean": pytest.approx((1 + 1 + 4 + 1 + 1) / 5)}
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, 1e39])
