@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,15 @@ def script(directory: Path, *replacements: tuple[str, str]) -> Path:
 
 def run_script(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, path.name], cwd=path.parent, capture_output=True, text=True, timeout=300, env=os.environ)
+
+
+@pytest.fixture(autouse=True)
+def no_script_of_another_test(monkeypatch):
+    """Every test's script has the same name: neither its module nor its directory may be found by the next."""
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    yield
+    sys.modules.pop("alphabet_loop", None)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +122,18 @@ def test_rollouts_stream_while_the_update_runs(tmp_path):
 @pytest.mark.parametrize(
     ("replacement", "sentence"),
     [
-        (('return {"loss": loss.item()}', "return loss"), "update function 'learn' gave tensor"),
+        (('return {"loss": loss.item()}', "return loss"), "update function 'learn' failed: it gave tensor"),
+        (
+            ('"loss": loss.item()', '"loss": float("nan")'),
+            "update function 'learn' failed: it gave loss = nan; a metric is a finite number",
+        ),
+        (("loss.backward()", "loss.backwards()"), "update function 'learn' failed: AttributeError: 'Tensor' object has no attribute"),
+        (('name="alphabet"', 'name="alphabet", models={}'), "miles.run makes models of its two functions; leave models out"),
+        (('"optimizer": optimizer}', '"optimizer": Odd()}'), "state.optimizer.x is a set, which a checkpoint cannot hold without pickle"),
+        (
+            ('name="alphabet"', 'name="alphabet", sample_filters={"f": {"use": "length", "max_tokens": 3}}'),
+            "the batch trains no token in any of its optimizer steps",
+        ),
         (('"optimizer": optimizer}', '"optimizer": 3}'), "state 'optimizer', a int, has no state_dict and load_state_dict"),
         (("gives={", 'unit="group", gives={'), "declares 'unit'; a decorator takes name, needs, gives"),
         (('name="alphabet"', 'name="alphabet", max_stalenes=1'), "unknown key 'max_stalenes'. Did you mean 'max_staleness'?"),
@@ -126,8 +147,71 @@ def test_a_mistake_is_a_sentence(tmp_path, replacement, sentence, monkeypatch):
     from miles_core.errors import MilesError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)  # what an earlier one left
-    path = script(tmp_path, SHORT, replacement)
+    path = script(tmp_path, SHORT, replacement, ("@miles.rollout", ODD + "@miles.rollout"))
     with pytest.raises(MilesError) as found:
         runpy.run_path(str(path), run_name="__main__")
     assert sentence in str(found.value)
+
+
+ODD = """
+class Odd:
+    def state_dict(self):
+        return {"x": {1, 2}}
+
+    def load_state_dict(self, state): ...
+
+
+"""
+
+
+def test_what_was_learned_before_an_update_failed_is_saved(tmp_path, monkeypatch, miles):
+    """The eighth update fails after its optimizer step; the cut holds seven, and a mended script goes on from it."""
+    import runpy
+
+    from miles_core.errors import RunError
+
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    broken = (
+        '    return {"loss": loss.item()}',
+        "    assert optimizer.state[policy.weight]['step'] < 8\n    return {\"loss\": loss.item()}",
+    )
+    path = script(tmp_path, SHORT, broken)
+    with pytest.raises(RunError, match="update function 'learn' failed: AssertionError") as found:
+        runpy.run_path(str(path), run_name="__main__")
+    assert found.value.__notes__ == ["What was learned is saved. Go on with: miles resume runs/alphabet"]
+    assert "step-000007" in [p.parent.name for p in (tmp_path / "runs/alphabet/checkpoints").glob("*/manifest.json")]
+    script(tmp_path, SHORT)
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    assert miles("resume", "runs/alphabet").code == 0
+    assert [r["step"] for r in rows_of(tmp_path / "runs" / "alphabet")] == list(range(1, 25))
+
+
+def test_a_script_without_a_guard_is_told_so_when_it_is_resumed(tmp_path, monkeypatch, miles):
+    import runpy
+
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    path = script(tmp_path, ("steps=60", "steps=2, trackers={}"), ('if __name__ == "__main__":', "if True:"))
+    runpy.run_path(str(path), run_name="__main__")
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    said = miles("resume", "runs/alphabet")
+    assert said.code == 1 and "put the call under: if __name__ == '__main__':" in said.sentence
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["alphabet"]
+
+
+def test_decorated_hooks_of_a_script_are_found_again(tmp_path, monkeypatch, miles):
+    import runpy
+
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    hook = '@miles.hook\nclass Watch:\n    def on_end(self, loop):\n        open("ended", "a").write("x")\n\n\n@miles.rollout'
+    replaced = ("steps=60", 'steps=4, trackers={}, every={"checkpoint": 2}, hooks={"w": {"use": "Watch"}}')
+    path = script(tmp_path, replaced, ("@miles.rollout", hook))
+    runpy.run_path(str(path), run_name="__main__")
+    from miles_core.plugins import _DECORATED
+
+    del _DECORATED["hook", "Watch"]  # as in another process
+    monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)
+    shutil.rmtree(tmp_path / "runs/alphabet/checkpoints/step-000004")
+    shutil.rmtree(tmp_path / "runs/alphabet/models/final")
+    said = miles("resume", "runs/alphabet")
+    assert said.code == 0, said.err
+    assert (tmp_path / "ended").read_text() == "xx"

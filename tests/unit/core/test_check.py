@@ -155,7 +155,7 @@ def test_what_does_not_go_together_is_said_with_what_to_do(changes, expected):
 PPO = {"use": "ppo_clip"}
 TIS = {"tis": {"use": "tis"}}
 PAIRS = {"losses": {"d": {"use": "dpo"}}, "advantage": "preference", "aggregation": "sequence_mean"}
-JUDGE = {"role": "reward", "of": "policy", "trainer": HERE + "trainer", "transport": HERE + "wire"}
+JUDGE = {"role": "reward", "path": "somewhere", "trainer": HERE + "trainer", "transport": HERE + "wire"}
 VALUE_CRITIC = CRITIC | {"losses": {"v": {"use": "value_clip"}}}
 
 
@@ -193,6 +193,13 @@ VALUE_CRITIC = CRITIC | {"losses": {"v": {"use": "value_clip"}}}
         # heads
         ({"models.policy.losses.v": "value_clip"}, ["loss 'value_clip' belongs to a critic or reward model, this is a policy"]),
         ({"models.judge": JUDGE | {"losses": {"l": {"use": "ppo_clip"}}}}, ["'ppo_clip' belongs to a policy, this is a reward"]),
+        ({"models.teacher": REFERENCE | {"role": "teacher"}, "models.policy.advantage": "opd"}, ["a teacher needs weights of its own"]),
+        ({"models": {"judge": {k: v for k, v in JUDGE.items() if k != "path"}}}, ["model judge", "names no model that this stage builds"]),
+        (
+            {"models.judge": JUDGE | {"losses": {"l": {"use": "bradley_terry"}}}},
+            ["policies and a reward model that learns (policy, judge)"],
+        ),
+        ({"models.critic": CRITIC | {"losses": {"v": HERE + "penalised"}}}, ["this is a critic", "@miles.loss(head='scalar')"]),
         ({"models.policy.frozen_steps": 3}, ["frozen_steps is 3 of 3 steps"]),
         ({"models.policy.advantage": "opd"}, ["advantage 'opd' needs 'teacher_logprobs'", "role: teacher"]),
         ({"models.policy.advantage": {"use": "opd", "base": "gae"}}, ["'values'", "role: critic"]),
@@ -219,7 +226,7 @@ def test_algorithms_that_are_right_alone_and_wrong_together_are_refused(changes,
         {"models.critic": VALUE_CRITIC, "models.policy.advantage": "gae", "models.policy.frozen_steps": 2},
         {"rollout": "read_pairs", "models.policy": GOOD["models"]["policy"] | PAIRS, "models.ref": REFERENCE},
         {"rollout.group_size": 2, "models.policy": GOOD["models"]["policy"] | PAIRS, "models.ref": REFERENCE},
-        {"models.teacher": REFERENCE | {"role": "teacher"}, "models.policy.advantage": "opd"},
+        {"models.teacher": REFERENCE | {"role": "teacher", "path": "strong"}, "models.policy.advantage": "opd"},
         {
             "rollout": "read_pairs",
             "models": {

@@ -188,14 +188,17 @@ def test_stages_inherit_and_differ(recipe):
     assert list(resolve(recipe(BASE)).stages) == ["main"]
 
 
-def test_what_is_set_to_null_is_left_out(recipe):
-    """A stage, a model or a named plug-in that is inherited and has no part."""
-    text = BASE + 'rewards: {r: {use: ":brevity"}, s: {use: ":brevity"}}\nstages:\n  one: {}\n  two: {rewards: {r: null}}\n  three: null\n'
-    config = resolve(recipe(text))
-    assert list(config.stages) == ["one", "two"]
+def test_what_is_inherited_and_set_to_null_is_left_out(recipe, tmp_path):
+    """A stage, a model or a named plug-in that has no part. A stage of one's own that says nothing is one of common settings."""
+    base = recipe(
+        BASE + 'rewards: {r: {use: ":brevity"}, s: {use: ":brevity"}}\nstages:\n  one: {}\n  two: {rewards: {r: null}}\n  three:\n'
+    )
+    config = resolve(base)
+    assert list(config.stages) == ["one", "two", "three"]
     assert (set(config.stages["one"].rewards), set(config.stages["two"].rewards)) == ({"r", "s"}, {"s"})
-    alone = resolve(recipe(BASE + "stages: {one: {models: {policy: null}}}\n"))
-    assert alone.stages["one"].models == {}
+    (tmp_path / "above.yaml").write_text(f"extends: {base}\nstages: {{three: null, two: {{models: {{policy: null}}}}}}\n")
+    above = resolve(str(tmp_path / "above.yaml"))
+    assert list(above.stages) == ["one", "two"] and above.stages["two"].models == {}
 
 
 def test_options_do_not_leak_into_another_plugin(recipe):
@@ -333,3 +336,8 @@ def test_config_yaml_holds_the_defaults_too(recipe):
         and stage["deadlines"]["group"] == 900.0
         and stage["models"]["policy"]["trainer"]["max_grad_norm"] == 1.0
     )
+
+
+def test_a_run_that_a_gate_stopped_may_go_on_with_a_wider_one():
+    same = resolve("quickstart", ["models.policy.trainer.gates.mismatch=0.1"]).fingerprint()
+    assert same == resolve("quickstart").fingerprint() != resolve("quickstart", ["models.policy.trainer.max_grad_norm=2"]).fingerprint()

@@ -153,3 +153,37 @@ def test_a_wrong_path_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=expected):
         materialize(path and path.format(tmp_path), None, None, [], tmp_path / "m", 0)
+
+
+def test_models_without_path_start_as_the_one_they_belong_to(tmp_path):
+    """Whatever the names, and whatever else an earlier stage has handed on."""
+    from miles_core.assembly import model_paths
+    from miles_core.config import resolve
+    from miles_core.run_dir import RunDir
+
+    (tmp_path / "r.yaml").write_text(
+        """
+data: {use: texts, texts: [a]}
+rollout: read_pairs
+groups: 1
+steps: 1
+stages:
+  first: {models: {policy: {path: x, trainer: torch, losses: {n: nll}}}}
+  second:
+    models:
+      reference: {role: reference, trainer: torch}
+      student: {path: %s, trainer: torch, losses: {n: nll}}
+  third:
+    models:
+      judge: {role: reward, of: policy, trainer: torch, losses: {b: bradley_terry}, advantage: preference, aggregation: sequence_mean}
+"""
+        % (tmp_path / "student")
+    )
+    run_dir = RunDir(tmp_path)
+    for made in ("student", "models/second/policy", "models/third/policy"):
+        (tmp_path / made).mkdir(parents=True)
+        (tmp_path / made / "config.json").write_text("{}")
+    config = resolve(str(tmp_path / "r.yaml"))
+    student = tmp_path / "student"
+    assert model_paths(config, "second", run_dir, []) == {"student": student, "reference": student}
+    assert model_paths(config, "third", run_dir, []) == {"judge": run_dir.models / "third" / "policy"}

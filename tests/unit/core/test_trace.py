@@ -38,3 +38,13 @@ def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
     with Trace(None).span("train"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_life_that_was_killed_in_the_middle_of_a_line_leaves_no_half_event(tmp_path):
+    with Trace(tmp_path / "trace.json").span("train"):
+        pass
+    with (tmp_path / "trace.json").open("a") as file:
+        file.write('{"pid": 3, "ph')
+    with Trace(tmp_path / "trace.json").span("publish"):
+        pass
+    assert [e["name"] for e in events(tmp_path / "trace.json")] == ["train", "publish"]

@@ -124,18 +124,18 @@ def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataS
     trainer brings its weights are left out.
     """
     stage, directory = config.stages[stage_name], run_dir.models / stage_name
-    paths: dict[str, Path] = {}
     named = {n: m for n, m in stage.models.items() if not m.trainer.brings_weights}
-    for name, model in sorted(named.items(), key=lambda item: not item[1].has_samples):
+    paths: dict[str, Path] = {}
+    for name, model in named.items():
         own = directory / name
         if (own / "config.json").is_file():
             paths[name] = own
-        elif model.path is None and model.config is None:
-            earlier = directory / (model.of or "policy")
-            paths[name] = earlier if (earlier / "config.json").is_file() else paths[model.of or next(iter(paths))]
-        else:
-            tokenizer = model.tokenizer
-            paths[name] = materialize(model.path, model.config, tokenizer, texts_of(data), own, config.seed)
+        elif model.path is not None or model.config is not None:
+            paths[name] = materialize(model.path, model.config, model.tokenizer, texts_of(data), own, config.seed)
+    for name, model in named.items():
+        if name not in paths:
+            start = model.of or next(n for n in stage.owners() if n != name)
+            paths[name] = paths.get(start, directory / start)
     return paths
 
 

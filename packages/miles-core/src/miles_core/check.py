@@ -11,7 +11,10 @@ from .learner import ROLE_GIVES
 
 def check(config: RunConfig) -> None:
     """Raise a ConfigError that lists every problem, each with what to do."""
-    problems = [f"stage {name}: {p}" for name, stage in config.stages.items() for p in _stage_problems(stage)]
+    problems, trained = [], set()
+    for name, stage in config.stages.items():
+        problems += [f"stage {name}: {p}" for p in _stage_problems(stage, frozenset(trained))]
+        trained |= {model_name for model_name, model in stage.models.items() if model.learns}
     if not config.stages:
         problems.append("the recipe has no stages; leave the key out for a single one")
     if "final" in config.stages:
@@ -20,17 +23,22 @@ def check(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _stage_problems(stage: StageConfig) -> Iterator[str]:
+def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str]:
+    """``trained``: models that stages before have trained and hand on."""
     if stage.steps == 0:
         yield "steps is 0: nothing would be trained. Set it to at least 1, or take the stage out"
-    owners = [n for n, m in stage.models.items() if m.has_samples]
+    owners = stage.owners()
     if not owners:
         yield "models has no policy; one model needs role: policy (or reward, to train a reward model)"
         return
+    if len({stage.models[n].role for n in owners}) > 1:
+        both = ", ".join(owners)
+        yield f"it has policies and a reward model that learns ({both}); samples are of one kind: train them in stages of their own"
     trajectories = stage.groups * getattr(stage.rollout, "group_size", stage.minibatches)
     if trajectories < stage.minibatches:
         yield f"minibatches is {stage.minibatches}, but a step has only {trajectories} trajectories; lower it or raise groups"
     for name, model in stage.models.items():
+        yield from (f"model {name}: {p}" for p in _origin_problems(name, model, stage, trained))
         yield from (f"model {name}: {p}" for p in _model_problems(name, model, stage, owners))
     for field in ("rollout", "data", "rewards", "evaluators", "group_filters", "sample_filters"):
         value = getattr(stage, field)
@@ -41,8 +49,6 @@ def _stage_problems(stage: StageConfig) -> Iterator[str]:
 def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:
     if model.path is not None and model.config is not None:
         yield "path and config are both given; give path (a checkpoint) or config (fields of a model built from scratch)"
-    if model.path is None and model.config is None and model.role == "policy" and not model.trainer.brings_weights:
-        yield "neither path nor config is given; give path (a checkpoint) or config (fields of a model built from scratch)"
     if model.config is not None and model.tokenizer is None:
         yield "a model built from scratch needs a tokenizer"
     if not model.has_samples:
@@ -70,6 +76,24 @@ def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: l
     yield from _senseless_combinations(model, given)
 
 
+def _origin_problems(name: str, model: ModelConfig, stage: StageConfig, trained: frozenset[str]) -> Iterator[str]:
+    """Where the starting weights of a model without path and config come from."""
+    if model.path is not None or model.config is not None or model.trainer.brings_weights or name in trained:
+        return
+    start = model.of or next((n for n in stage.owners() if n != name), None)
+    other = stage.models.get(start or "")
+    known = start in trained or (other is not None and (other.path or other.config) is not None)
+    if model.role == "policy":
+        yield "neither path nor config is given; give path (a checkpoint) or config (fields of a model built from scratch)"
+    elif model.role == "teacher":
+        yield "a teacher needs weights of its own: give path or config, or train a model of this name in a stage before"
+    elif not known:
+        yield (
+            f"neither path nor config is given, and {start or 'of'!r} names no model that this stage builds or a stage before trained; "
+            "give path, config or of"
+        )
+
+
 def _senseless_combinations(model: ModelConfig, given: frozenset[str]) -> Iterator[str]:
     """Algorithms that are each right and together wrong."""
     losses = list(model.losses.values())
@@ -94,7 +118,8 @@ def _senseless_combinations(model: ModelConfig, given: frozenset[str]) -> Iterat
         head = "language" if model.role == "policy" else "scalar"
         if loss.head != head:
             fitting = "a policy" if loss.head == "language" else "a critic or reward model"
-            yield f"loss {loss.use!r} belongs to {fitting}, this is a {model.role}; move it there"
+            hint = f" (a function of your own says what it reads: @miles.loss(head={head!r}))" if ":" in loss.use else ""
+            yield f"loss {loss.use!r} belongs to {fitting}, this is a {model.role}; move it there{hint}"
         if loss.unit == "pair" and model.advantage is not None and model.advantage.varies():
             yield (
                 f"loss {loss.use!r} reads from the advantages which answer of a pair is preferred, but those of {model.advantage.use!r} "

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
-from .plugins import PluginConfig, add_import_directories, config_class, plug
+from .plugins import PluginConfig, add_import_directories, config_class, import_module, plug
 from .recipe import KeyPath, Recipe, load_recipe, merge
 from .tokenizers import TokenizerConfig
 
@@ -153,6 +153,10 @@ class StageConfig(Tree):
     every: Every = Every()
     deadlines: Deadlines = Deadlines()
 
+    def owners(self) -> list[str]:
+        """Names of the models that samples are of: policies, or the reward models that learn."""
+        return [name for name, model in self.models.items() if model.has_samples]
+
 
 class RunConfig(Tree):
     """A whole run."""
@@ -170,6 +174,8 @@ class RunConfig(Tree):
     """Newest cuts that are kept."""
     import_from: list[Path] = []
     """Directories in which plug-in modules are found (the recipe's own is added)."""
+    import_modules: list[str] = []
+    """Modules that are imported before plug-ins are looked for, because they decorate some."""
     stages: named(StageConfig)  # ty: ignore
 
     def to_yaml(self) -> str:
@@ -178,15 +184,16 @@ class RunConfig(Tree):
 
     def fingerprint(self) -> str:
         """Hash of what a run computes; who watches, how often and how long it may take can change between lives of a run."""
-        how_long = {"rewards": {"__all__": {"timeout_s"}}, "deadlines": True, "every": True}
-        aside = dict.fromkeys(("runs_dir", "trackers", "hooks", "keep_checkpoints", "import_from"), True)
+        gates = {"__all__": {"trainer": {"gates"}}}  # a run that a gate stopped may go on with a wider one
+        how_long = {"rewards": {"__all__": {"timeout_s"}}, "deadlines": True, "every": True, "models": gates}
+        aside = dict.fromkeys(("runs_dir", "trackers", "hooks", "keep_checkpoints", "import_from", "import_modules"), True)
         data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
         return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()
 
     @staticmethod
     def from_mapping(data: dict[str, Any]) -> RunConfig:
         """Validate a mapping as a whole run. Raises ConfigError as ``resolve`` does."""
-        add_import_directories(data.get("import_from", []))
+        prepare_imports(data)
         return _validate(Recipe(data, {(): "the configuration"}), data)
 
     @staticmethod
@@ -200,7 +207,7 @@ class RunConfig(Tree):
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}; a resolved configuration is a mapping")
-        add_import_directories(data.get("import_from", []))
+        prepare_imports(data)
         return _validate(Recipe(data, {(): str(path)}), data)
 
 
@@ -222,8 +229,15 @@ def resolve(name: str, overrides: list[str] | None = None) -> RunConfig:
     given = run.get("import_from") or []
     if isinstance(given, list):  # else validation says what it is
         run["import_from"] = [*given, *map(str, recipe.directories)]
-        add_import_directories(run["import_from"])
+        prepare_imports(run)
     return _validate(recipe, run)
+
+
+def prepare_imports(run: dict[str, Any]) -> None:
+    """Let plug-ins be found: directories first, then the modules that decorate some."""
+    add_import_directories(run.get("import_from", []))
+    for name in run.get("import_modules") or []:
+        import_module(name)
 
 
 def _validate(recipe: Recipe, data: dict[str, Any]) -> RunConfig:

@@ -105,7 +105,7 @@ class Learner:
             from .algorithms.credit import corrected
 
             batch = corrected(batch, self.corrections, self.metrics)
-        for name, loss in self.model(self.policy).losses.items():
+        for name, loss in [item for model in self.trainers for item in self.model(model).losses.items()]:
             added = loss.columns_from(batch, self.seed)
             if taken := added.keys() & batch.columns.keys():
                 raise ConfigError(f"loss {name!r} adds the column {min(taken)!r}, which another has added; use one of the two")
@@ -119,7 +119,7 @@ class Learner:
             batch: With all columns.
             stage_step: Steps of the stage that are done; models that are frozen until later are left out.
         """
-        metrics, self.trained_something = dict(self.metrics), False
+        metrics = dict(self.metrics)
         for name, trainer in self.trainers.items():
             if self.model(name).learns and stage_step >= self.model(name).frozen_steps:
                 what = f"model {name} to train one step"

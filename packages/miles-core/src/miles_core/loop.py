@@ -123,13 +123,15 @@ class Loop:
             self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
             raise
         self._between_steps = False
+        for learner in self.learners:
+            learner.trained_something = False
         with self._phase("train"):
             for learner, batch in zip(self.learners, batches, strict=True):
                 prefix = "" if len(self.learners) == 1 else f"{learner.policy}/"
                 try:
                     self.row |= {prefix + name: value for name, value in (await learner.step(batch, self.step)).items()}
                 except StepRefused:
-                    if learner is self.learners[0] and not learner.trained_something:
+                    if not any(one.trained_something for one in self.learners):
                         self._between_steps = True
                         self.buffer.put_back(groups)  # as if the step had not begun: what was learned before it can be saved
                     raise

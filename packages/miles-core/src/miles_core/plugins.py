@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import numpy as np
@@ -203,12 +203,30 @@ def register(point: str, name: str, obj: Any) -> None:
     _DECORATED[point, name] = obj
 
 
+_importing = 0
+
+
+def importing() -> bool:
+    """Whether a module is being imported for its plug-ins just now: a script must not start a run then."""
+    return _importing > 0
+
+
+def import_module(name: str) -> ModuleType:
+    """A module with plug-ins. Whatever its import raises goes on."""
+    global _importing
+    _importing += 1
+    try:
+        return importlib.import_module(name)
+    finally:
+        _importing -= 1
+
+
 def import_object(path: str) -> Any:
     """What ``module:attribute`` names."""
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise PluginError(f"{path!r} is not of the form module:attribute")
-    module = importlib.import_module(module_name)
+    module = import_module(module_name)
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from .config import RUN_KEYS, RunConfig
-from .errors import ConfigError, DataError, PluginError
-from .plugins import register
+from .errors import ConfigError, DataError, MilesError, PluginError, StepRefused
+from .plugins import importing, register
 from .protocols import StepReport
 from .run_dir import RunDir
 from .waiting import in_daemon_thread
@@ -97,9 +97,15 @@ def run(
     """
     from .cli.drive import drive
 
+    if importing():
+        raise ConfigError(
+            f"miles.run was called while {rollout.__module__} was imported for its functions; "
+            "put the call under: if __name__ == '__main__':"
+        )
+    if taken := sorted(settings.keys() & {"models", "rollout", "stages"}):
+        raise ConfigError(f"miles.run makes {taken[0]} of its two functions; leave {taken[0]} out")
     if not hasattr(update, "trainer"):
         raise PluginError(f"{update.__name__} is no update function; decorate it with @miles.update(state=…)")
-    directory = _directory_of(rollout)
     trainer, engine = _name_of(update, ".trainer"), _name_of(update, ".engine")
     transport = f"{__name__}:PublishCopies"
     policy = {"trainer": trainer, "engine": engine, "transport": transport, "advantage": advantage}
@@ -111,8 +117,11 @@ def run(
         "rollout": _name_of(rollout),
     }
     whole = {k: v for k, v in settings.items() if k in RUN_KEYS} | {"name": name, "stages": {"main": stage}}
-    if directory is not None:
-        whole["import_from"] = [directory]
+    found = {function: _directory_of(function) for function in (rollout, update)}
+    whole["import_from"] = [*settings.get("import_from", []), *dict.fromkeys(d for d in found.values() if d is not None)]
+    whole["import_modules"] = list(
+        dict.fromkeys(_module_of(f) for f, d in found.items() if d is not None and "<locals>" not in f.__qualname__)
+    )
     config = RunConfig.from_mapping(whole)
     return drive(config, None if resume is None else RunDir.open(Path(resume)))
 
@@ -125,7 +134,10 @@ class UpdateTrainer:
     __miles__: ClassVar[dict[str, Any]] = {"brings_weights": True}
 
     def __init__(self) -> None:
+        from .state_files import take_apart
+
         self.version = 0
+        take_apart({n: thing.state_dict() for n, thing in self.state.items()})  # what cannot be saved is said now, not at the first cut
 
     async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """It can add none."""
@@ -134,15 +146,26 @@ class UpdateTrainer:
         return batch
 
     async def step(self, batch: Batch) -> StepReport:
-        """Metrics are the means over the optimizer steps. Raises DataError when the function gives something else than numbers."""
-        reports = [await in_daemon_thread(self._call, step) for step in batch.load(LOADED).optimizer_steps()]
-        return StepReport({name: float(np.mean([r[name] for r in reports])) for name in reports[0]}, len(reports))
+        """Metrics are the means over the optimizer steps that report them; one in which no token is trained is passed over.
 
-    def _call(self, step: Batch) -> dict[str, float]:
-        given = type(self).function(step)
-        if not isinstance(given, Mapping) or any(isinstance(v, str) or not np.isscalar(v) for v in given.values()):
-            raise DataError(f"update function {type(self).function.__name__!r} gave {given!r}; expected metrics, numbers by name")
-        return {str(name): float(value) for name, value in given.items()}
+        Raises:
+            StepRefused: The function failed, gave something else than finite numbers, or no token is trained. The state is put back
+                to what it was before the call.
+        """
+        name = type(self).function.__name__
+        steps = [step for step in batch.load(LOADED).optimizer_steps() if step.segments.tokens]
+        if not steps:
+            raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
+        before = copy.deepcopy({n: thing.state_dict() for n, thing in self.state.items()})
+        try:
+            reports = [_metrics(await in_daemon_thread(type(self).function, step)) for step in steps]
+        except Exception as error:
+            for n, thing in self.state.items():
+                thing.load_state_dict(before[n])
+            reason = str(error) if isinstance(error, MilesError) else f"{type(error).__name__}: {error}"
+            raise StepRefused(f"update function {name!r} failed: {reason}. The state is what it was before the step") from error
+        names = dict.fromkeys(n for report in reports for n in report)
+        return StepReport({n: float(np.mean([r[n] for r in reports if n in r])) for n in names}, len(reports))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(module.name, tensor) of every module in the state."""
@@ -237,6 +260,15 @@ class PublishCopies:
         return {}
 
 
+def _metrics(given: Any) -> dict[str, float]:
+    """What an update function gave, as finite numbers by name. Raises DataError when it is something else."""
+    if not isinstance(given, Mapping) or any(isinstance(v, str) or not np.isscalar(v) for v in given.values()):
+        raise DataError(f"it gave {given!r}; expected metrics, numbers by name")
+    if odd := [name for name, value in given.items() if not np.isfinite(value)]:
+        raise DataError(f"it gave {odd[0]} = {given[odd[0]]}; a metric is a finite number")
+    return {str(name): float(value) for name, value in given.items()}
+
+
 def modules_of(state: Mapping[str, Any]) -> dict[str, nn.Module]:
     """The modules in a state, by name."""
     from torch import nn
@@ -265,6 +297,10 @@ def _module_of(function: FunctionType) -> str:
 
 
 def _directory_of(function: FunctionType) -> str | None:
-    """Where the file of a function's module lies; None in a notebook or an interpreter."""
-    file = getattr(sys.modules[function.__module__], "__file__", None)
-    return None if file is None else str(Path(file).resolve().parent)
+    """Where a function's module is imported from; None in a notebook or an interpreter."""
+    module = sys.modules[function.__module__]
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return None
+    depth = function.__module__.count(".") + (Path(file).name == "__init__.py")
+    return str(Path(file).resolve().parents[depth])

@@ -125,8 +125,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     _note_lines(node, (), path, recipe.origins)
     parent = data.pop("extends", None)
     if parent is None:
+        _empty_stages_are_whole(data, ())
         return recipe
     below = _read(_find_parent(parent, path, recipe.origin(("extends",))), (*seen, path))
+    _empty_stages_are_whole(data, below.data.get("stages") or ())
     merged = merge(below.data, data)
     if (
         isinstance(data.get("stages"), dict)
@@ -135,6 +137,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Recipe:
     ):
         merged["stages"] = {name: merged["stages"][name] for name in data["stages"]}  # it names them all: its order counts
     return Recipe(merged, below.origins | recipe.origins, recipe.directories + below.directories)
+
+
+def _empty_stages_are_whole(data: Mapping, below: Any) -> None:
+    """A stage of its own without any key is one of nothing but common settings; null leaves out what is inherited."""
+    stages = data.get("stages")
+    if isinstance(stages, dict):
+        data["stages"] = {name: {} if stage is None and name not in below else stage for name, stage in stages.items()}
 
 
 def _find_parent(parent: Any, path: Path, where: str) -> Path:

@@ -108,7 +108,7 @@ class Run:
         try:
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
-                idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.stage.models]
+                idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.learning()]
                 await export(self._loop.learning(), run_dir.models / following, idle)
             return self._loop.step
         finally:
@@ -116,7 +116,7 @@ class Run:
 
 
 async def export(trainers: Mapping[str, Trainer], directory: Path, idle: Sequence[Path] = ()) -> None:
-    """Every model's weights as ``directory/NAME``, all of them or none; models that had no part in this stage are handed on."""
+    """Every model's weights as ``directory/NAME``, all of them or none; models that did not learn in this stage are handed on."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,8 +24,7 @@ def save_state(state: Any, directory: Path) -> None:
 
     Raises DataError, naming where, for anything but tensors, numbers, texts, None, and lists, tuples and dicts of them.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = _take_apart(state, "state", tensors)
+    skeleton, tensors = take_apart(state)
     save_file(tensors, directory / "state.safetensors")
     (directory / "state.json").write_text(json.dumps(skeleton))
 
@@ -36,6 +36,12 @@ def load_state(directory: Path) -> Any:
         return _put_together(json.loads((directory / "state.json").read_text()), tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
+
+
+def take_apart(state: Any) -> tuple[Json, dict[str, torch.Tensor]]:
+    """What ``save_state`` would write. Raises as it does."""
+    tensors: dict[str, torch.Tensor] = {}
+    return _take_apart(state, "state", tensors), tensors
 
 
 def _take_apart(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Json:
@@ -54,6 +60,8 @@ def _take_apart(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Jso
         return {"dict": [[key, _take_apart(v, f"{where}.{key}", tensors)] for key, v in value.items()]}
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     raise DataError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold without pickle; keep tensors, numbers and texts")
 
 

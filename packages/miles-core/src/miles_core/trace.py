@@ -22,8 +22,12 @@ class Trace:
 
     def __init__(self, path: Path | None):
         self._path = path
-        if path is not None and not path.exists():
+        if path is None:
+            return
+        if not path.exists():
             path.write_text("[\n")
+        elif not (text := path.read_bytes()).endswith(b"\n"):  # a life that was killed in the middle of a line
+            path.write_bytes(text[: text.rindex(b"\n") + 1])
 
     @contextmanager
     def span(self, name: str, **facts: str | int | float) -> Generator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 
@@ -19,12 +21,19 @@ errors = Console(stderr=True, highlight=False)
 def drive(config: RunConfig, directory: RunDir | None, as_json: bool = False) -> Outcome:
     """A new run, or the one in ``directory`` from its newest cut. Raises MilesError."""
     with JsonView() if as_json else LiveView(config, console) as view:
-        return asyncio.run(_until_done(Run(config, view), directory))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(_until_done(Run(config, view), directory))
+        with ThreadPoolExecutor(1) as thread:  # in a notebook, whose own loop is running: without Ctrl-C's orderly end
+            return thread.submit(lambda: asyncio.run(_until_done(Run(config, view), directory))).result()
 
 
 async def _until_done(runner: Run, directory: RunDir | None) -> Outcome:
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(runner.start() if directory is None else runner.resume(directory))
+    if threading.current_thread() is not threading.main_thread():
+        return await task  # signals are the main thread's
 
     def interrupted() -> None:
         runner.request_stop()

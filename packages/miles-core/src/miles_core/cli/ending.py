@@ -28,7 +28,8 @@ def ending(run_dir: RunDir) -> Group:
     if rows:
         parts.append(f"Curve: {plot(run_dir)}" if find_spec("matplotlib") else escape("Curve: pip install 'miles-core[report]' draws it"))
     final = run_dir.models / "final"
-    parts.append(f"Weights: {final}/policy (a Hugging Face directory) · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
+    kind = " (a Hugging Face directory)" if (final / "policy" / "config.json").is_file() else ""
+    parts.append(f"Weights: {final}/policy{kind} · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
     parts.append(
         "Next: another seed ([bold]seed=1[/]), your own options ([bold]miles check RECIPE[/]), your own task (docs/quickstart.md)."
     )
