@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from miles_core.config import resolve
+from miles_core.models import materialize
 from miles_core.plugins import config_class, find_all
 
 TINY = """
@@ -42,7 +44,7 @@ def long(sample):
 
 SERVANTS = {
     "critic": "      critic: {role: critic, losses: {v: {use: value_clip}}, trainer: {use: torch}}",
-    "teacher": "      teacher: {role: teacher, trainer: {use: torch}}",
+    "teacher": "      teacher: {role: teacher, trainer: {use: torch}, path: teacher}",
     "reference": "      reference: {role: reference, trainer: {use: torch}}",
 }
 PAIRS = ("dpo", "ipo")
@@ -86,8 +88,16 @@ def one_step(advantage: str, loss: str) -> str:
     )
 
 
+def write_teacher(directory: Path) -> None:
+    """A model of its own with the policy's vocabulary, as ``miles run`` would build it."""
+    policy = resolve("quickstart").stages["rl"].models["policy"]
+    small = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "num_hidden_layers": 1}
+    materialize(None, policy.config | small, policy.tokenizer, [], directory, seed=1)
+
+
 def runs_or_is_refused(miles, advantage: str, loss: str) -> None:
     Path("rewards.py").write_text(REWARDS)
+    write_teacher(Path("teacher"))
     Path("tiny.yaml").write_text(one_step(advantage, loss))
     said = miles("run", "tiny.yaml", f"name={advantage}-{loss}")
     if problem := senseless(advantage, loss):
