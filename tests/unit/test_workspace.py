@@ -122,7 +122,7 @@ WALK = """
 import importlib, json, pkgutil, sys
 import miles_core
 
-HEAVY, MAY = ("torch", "transformers", "ray"), ("miles_core.algorithms", "miles_core.cluster", "miles_core.cli", "miles_core.state_files")
+HEAVY, MAY = ("torch", "transformers", "ray"), ("miles_core.algorithms", "miles_core.cluster", "miles_core.cli", "miles_core.__main__")
 wrong, loaded = [], set()
 
 def walk(package):

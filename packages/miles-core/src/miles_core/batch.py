@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from .columns import Column, column_spec, concat_columns, empty_column, take_row
 from .errors import DataError
 from .refs import SampleRef
 from .sample import trajectory_reward
+
+if TYPE_CHECKING:
+    import torch
 
 GATHERED = ("versions", "loss_mask", "logprobs")
 """The Sample columns that the controller gathers; the others stay with the samples until a trainer loads them."""
@@ -146,7 +149,7 @@ class Batch:
             raise DataError(f"the batch has no token column {name!r}; it has {', '.join(self.columns)}")
         return column
 
-    def tensors(self, device: str = "cpu") -> dict[str, Any]:
+    def tensors(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Every token column as a torch tensor [N, …] by name; with ``load`` before, ``tokens`` and ``targets`` too."""
         import torch
 

@@ -10,7 +10,7 @@ import numpy as np
 from .batch import Batch
 from .config import ModelConfig, StageConfig
 from .errors import ConfigError, DataError
-from .plan import optimizer_steps
+from .plan import optimizer_steps, unit_of_all
 from .prefixes import mean_over_branches, row_owners, train_once
 from .protocols import Advantage, Correction, Kl, SampleFilter, StepReport, Trainer, Unit
 from .refs import SampleRef
@@ -52,8 +52,7 @@ class Learner:
     @property
     def unit(self) -> Unit:
         """What stays together in an optimizer step: pairs and groups if one of the losses is a function of them."""
-        units = {loss.unit for name in self.trainers for loss in self.model(name).losses.values()}
-        return "group" if units & {"pair", "group"} else "sequence"
+        return unit_of_all(loss.unit for name in self.trainers for loss in self.model(name).losses.values())
 
     @property
     def reward_weights(self) -> dict[str, float]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .batch import Batch
 from .errors import ConfigError
 from .protocols import Unit
 from .randomness import generator
+
+
+def unit_of_all(units: Iterable[Unit]) -> Unit:
+    """What must stay together for losses of these units: groups if one of them is a function of pairs or groups, else sequences."""
+    return "group" if {"pair", "group"} & set(units) else "sequence"
 
 
 def units_of(batch: Batch, unit: Unit) -> np.ndarray:

@@ -1,20 +1,21 @@
 """Nested state (``state_dict()`` of modules, optimizers, schedules) to files without pickle: tensors as safetensors, the rest as JSON.
 
-Needs torch.
+Needs torch when it is used.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 
@@ -24,6 +25,8 @@ def save_state(state: Any, directory: Path) -> None:
 
     Raises DataError, naming where, for anything but tensors, numbers, texts, None, and lists, tuples and dicts of them.
     """
+    from safetensors.torch import save_file
+
     skeleton, tensors = take_apart(state)
     save_file(tensors, directory / "state.safetensors")
     (directory / "state.json").write_text(json.dumps(skeleton))
@@ -31,6 +34,8 @@ def save_state(state: Any, directory: Path) -> None:
 
 def load_state(directory: Path) -> Any:
     """What ``save_state`` wrote, on the CPU; tuples stay tuples, keys keep their type. Raises CheckpointError if it cannot be read."""
+    from safetensors.torch import load_file
+
     try:
         tensors = load_file(directory / "state.safetensors")
         return _put_together(json.loads((directory / "state.json").read_text()), tensors)
@@ -38,15 +43,17 @@ def load_state(directory: Path) -> Any:
         raise CheckpointError(f"{directory} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
 
 
-def take_apart(state: Any) -> tuple[Json, dict[str, torch.Tensor]]:
+def take_apart(state: Any) -> tuple[Json, dict[str, Tensor]]:
     """What ``save_state`` would write. Raises as it does."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     return _take_apart(state, "state", tensors), tensors
 
 
-def _take_apart(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Json:
+def _take_apart(value: Any, where: str, tensors: dict[str, Tensor]) -> Json:
     """JSON in which lists and dicts are tagged, so that tuples and keys that are no texts come back as they were."""
-    if isinstance(value, torch.Tensor):
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
         name = where if where not in tensors else f"{where}#{len(tensors)}"  # the keys 0 and "0" look alike
         tensors[name] = value.detach().cpu().clone().contiguous()  # clone: safetensors refuses tensors that share memory
         return {"tensor": name}
@@ -65,7 +72,7 @@ def _take_apart(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Jso
     raise DataError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold without pickle; keep tensors, numbers and texts")
 
 
-def _put_together(skeleton: Json, tensors: dict[str, torch.Tensor]) -> Any:
+def _put_together(skeleton: Json, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(skeleton, dict):
         return skeleton
     [(kind, content)] = skeleton.items()

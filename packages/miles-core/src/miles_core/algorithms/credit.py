@@ -31,7 +31,7 @@ def advantage_columns(
         PluginError: The advantage gives something else than one number a row.
         DataError: One of a trained row is not finite in float32; names the sample.
     """
-    ops, columns = SegmentOps.of(batch), _tensors(batch)
+    ops, columns = SegmentOps.of(batch), batch.tensors()
     owners = None if batch.owners is None else torch.from_numpy(batch.owners)
     counted = None if batch.owners is None else SegmentOps.of(train_once(batch, batch.owners))
     token_rewards = None
@@ -69,7 +69,7 @@ def corrected(batch: Batch, corrections: Mapping[str, Correction], metrics: dict
         DataError: A trained token lacks a log-probability, or has a weight that is not finite in float32; names the sample.
         PluginError: A correction gives something else than one weight, or one bool, a row.
     """
-    columns = _tensors(batch)
+    columns = batch.tensors()
     weights = torch.ones(batch.n_rows, dtype=torch.float64)
     for name, correction in corrections.items():
         ops = SegmentOps.of(batch)
@@ -89,10 +89,6 @@ def corrected(batch: Batch, corrections: Mapping[str, Correction], metrics: dict
             metrics[f"correction/{name}/dropped"] = 1.0 - float(mask.sum()) / max(int(ops.mask.sum()), 1)
             batch = batch.with_columns({"loss_mask": mask.numpy()}).counted()
     return batch.with_columns({"correction_weights": weights.to(torch.float32).numpy()})
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    return {n: torch.from_numpy(c) for n, c in batch.columns.items() if isinstance(c, np.ndarray)}
 
 
 def _reward_parts(batch: Batch) -> dict[str, Tensor]:

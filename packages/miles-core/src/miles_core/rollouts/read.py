@@ -50,5 +50,4 @@ class ReadDemonstrations:
         if not prompt.demonstration:
             raise DataError(f"prompt {prompt.id} has no demonstration to read; rollout 'read' needs data with demonstrations")
         policy = context.policies[0]
-        id = SampleId(context.run, policy, prompt.id, context.group)
-        return [read_sample(id, prompt, prompt.demonstration, context.tokenizers[policy], self.config.max_length)]
+        return [read_sample(context.sample_id(prompt, 0), prompt, prompt.demonstration, context.tokenizers[policy], self.config.max_length)]

@@ -7,7 +7,7 @@ from typing import ClassVar
 from ..errors import DataError
 from ..plugins import PluginConfig
 from ..protocols import BuildContext, Prompt, RolloutContext
-from ..sample import Sample, SampleId
+from ..sample import Sample
 from .read import read_sample
 
 
@@ -36,8 +36,9 @@ class ReadAnswerPairs:
         for trajectory, (name, passages) in enumerate((("demonstration", prompt.demonstration), ("rejected", prompt.rejected))):
             if not passages:
                 raise DataError(f"prompt {prompt.id} has no {name}; rollout 'read_pairs' needs data with a better and a worse answer")
-            id = SampleId(context.run, policy, prompt.id, context.group, trajectory)
-            sample = read_sample(id, prompt, passages, context.tokenizers[policy], self.config.max_length)
+            sample = read_sample(
+                context.sample_id(prompt, trajectory), prompt, passages, context.tokenizers[policy], self.config.max_length
+            )
             sample.rewards = {"environment": float(name == "demonstration")}
             samples.append(sample)
         return samples

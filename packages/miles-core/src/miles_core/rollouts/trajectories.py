@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import InfrastructureFailure, RunError
 from ..plugins import PluginConfig, plug
 from ..protocols import BuildContext, Environment, Generate, Prompt, RolloutContext, SamplingParams, Trajectory
-from ..randomness import key
-from ..sample import Sample, SampleId
+from ..sample import Sample
 from ..waiting import gather
 
 
@@ -81,12 +81,12 @@ class SampleTrajectories:
         return [sample for samples in groups for sample in samples]
 
     async def _trajectory(self, prompt: Prompt, context: RolloutContext, index: int) -> list[Sample]:
-        policy = context.policies[0]
         for attempt in range(self.config.attempts):
+            own = replace(context, attempt=attempt)
             trajectory = Trajectory(
                 prompt=prompt,
-                id=SampleId(context.run, policy, prompt.id, context.group, index, attempt=attempt),
-                key=key(context.seed, policy, context.epoch, prompt.id, index, attempt),
+                id=own.sample_id(prompt, index),
+                key=own.key(prompt, index),
                 engines=context.engines,
                 tokenizers=context.tokenizers,
                 sampling=self.config.sampling.params(),

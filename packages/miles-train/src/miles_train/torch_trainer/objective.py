@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def shares(
         RunError: A term is not finite; names the sample it came from.
     """
     device = next(iter(outputs.values())).device
-    columns = {n: torch.from_numpy(c).to(device) for n, c in micro.columns.items() if isinstance(c, np.ndarray)}
+    columns = micro.tensors(device)
     ops = SegmentOps.of(micro, device)
     inputs = LossInputs(outputs, columns, ops)
     weights = aggregation(ops)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError, DataError, RunError, StepRefused
-from miles_core.plan import micro_batches, units_of
+from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
 
 from ..gates import check_gates
@@ -68,7 +68,7 @@ class TorchTrainer:
         self.context = context
         self.version = 0
         self.optimizer_steps = 0
-        self.unit: Unit = "group" if {loss.unit for loss in context.losses.values()} & {"pair", "group"} else "sequence"
+        self.unit: Unit = unit_of_all(loss.unit for loss in context.losses.values())
         device = torch.device(context.device)
         self._dtype = compute_dtype(config.dtype, device)
         self.model = MODELS.get(context.role, CausalLM)(context.model_path, self._dtype, device, config.layout)
