@@ -35,6 +35,18 @@ class TableEngine:
     async def update_weights(self, weights, version):
         self.logits, self.version = dict(weights)["logits"].numpy().copy(), version
 
+    async def start(self):
+        pass
+
+    async def load_weights(self, directory, version):
+        raise AssertionError("this transport brings tensors")
+
+    async def checksum(self):
+        return str(self.logits.tolist())
+
+    async def release(self, session):
+        pass
+
     async def close(self):
         pass
 
@@ -54,6 +66,9 @@ class TableTrainer:
 
         self.role, self.log, self.version, self.lr = role, log, -1, lr
         self.parameter = torch.zeros(ACTIONS if role == "policy" else 1, dtype=torch.float64, requires_grad=True)
+
+    async def start(self):
+        self.log.append((self.role, "start"))
 
     async def annotate(self, batch, columns):
         self.log.append((self.role, "annotate", sorted(columns)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miles_core.errors import RunError
 from miles_core.plugins import config_class
-from miles_rollout.transports.digest import digests
+from miles_core.digests import digests
 
 
 class Source:

@@ -23,7 +23,7 @@ from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
 from .trace import Trace
-from .waiting import deadline
+from .waiting import deadline, gather
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Origin:
 
 
 async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, observer: Observer) -> Loop:
-    """Build a stage; the trainers go on from the cut if there is one.
+    """Build a stage. Nothing is started yet: ``start`` does that.
 
     Raises:
         MilesError: Whatever of it cannot be built.
@@ -62,9 +62,6 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
         for name, model in stage.models.items()
     }
     trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
-    if origin.directory is not None:
-        for name, trainer in ((n, t) for n, t in trainers.items() if stage.models[n].learns):
-            await trainer.load(origin.directory / "models" / name)
     policies = tuple(name for name, model in stage.models.items() if model.has_samples)
     engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
     players = Players(config.name, config.seed, policies, engines, tokenizers, {n: len(t) for n, t in tokenizers.items()})
@@ -169,12 +166,29 @@ def build_learner(policy: str, stage: StageConfig, trainers: Mapping[str, Traine
     )
 
 
+async def start(loop: Loop, origin: Origin) -> None:
+    """Get engines and trainers ready, all at a time, each within its deadline; the trainers go on from the cut if there is one.
+
+    Raises:
+        MilesError: One of them does not get ready.
+    """
+    seconds = loop.stage.deadlines.start
+    await gather(deadline(part.start(), seconds, "the run", f"the {who} to get ready") for who, part in _parts(loop))
+    if origin.directory is not None:
+        for name, trainer in loop.learning().items():
+            await trainer.load(origin.directory / "models" / name)
+
+
+def _parts(loop: Loop) -> list[tuple[str, RolloutEngine | Trainer]]:
+    engines = [(f"engine of {n}", e) for n, e in loop.players.engines.items()]
+    return [*engines, *((f"trainer of {n}", t) for n, t in loop.trainers.items())]
+
+
 async def close(loop: Loop) -> None:
     """Give up engines and trainers, each within its deadline; every one is tried."""
     seconds = loop.stage.deadlines.close
-    parts = [(f"engine of {n}", e) for n, e in loop.players.engines.items()] + [(f"trainer of {n}", t) for n, t in loop.trainers.items()]
     errors = []
-    for who, part in parts:
+    for who, part in _parts(loop):
         try:
             await deadline(part.close(), seconds, "the run", f"the {who} to close")
         except Exception as error:

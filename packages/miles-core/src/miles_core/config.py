@@ -97,6 +97,8 @@ class ModelConfig(Tree):
 class Deadlines(Tree):
     """Seconds after which a wait is an error that says who waited for what. Every wait of the loop has one."""
 
+    start: float = Field(900, gt=0)
+    """One engine or trainer to get ready: servers to boot, ranks to load the model."""
     rollout: float = Field(1800, gt=0)
     """One step's groups."""
     group: float = Field(900, gt=0)

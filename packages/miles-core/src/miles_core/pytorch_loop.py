@@ -139,6 +139,9 @@ class UpdateTrainer:
         self.version = 0
         take_apart({n: thing.state_dict() for n, thing in self.state.items()})  # what cannot be saved is said now, not at the first cut
 
+    async def start(self) -> None:
+        """The state is the user's; nothing to get ready."""
+
     async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """It can add none."""
         if columns:
@@ -221,6 +224,9 @@ class PublishedModules:
         self.weights = Weights(0, copy.deepcopy(modules_of(self.state)))
         """The newest. Take it once in a rollout: the next publish puts another in its place and leaves this one as it is."""
 
+    async def start(self) -> None:
+        """Nothing to get ready."""
+
     @property
     def version(self) -> int:
         """Of the newest weights."""
@@ -234,10 +240,16 @@ class PublishedModules:
             module.load_state_dict({k.removeprefix(f"{name}."): t for k, t in given.items() if k.startswith(f"{name}.")})
         self.weights = Weights(version, modules)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(module.name, tensor) of the newest."""
-        for name, module in self.weights.modules.items():
-            yield from ((f"{name}.{key}", tensor.detach()) for key, tensor in module.state_dict().items())
+    async def load_weights(self, directory: Path, version: int) -> None:
+        """Modules have no Hugging Face directory."""
+        raise PluginError(f"version {version}: this engine takes its weights from the update function's modules, not from {directory}")
+
+    async def checksum(self) -> str:
+        """Digest of the newest."""
+        from .digests import checksum
+
+        named = ((f"{name}.{key}", t) for name, module in self.weights.modules.items() for key, t in module.state_dict().items())
+        return checksum(named)
 
     async def generate(self, request: Any) -> Any:
         """A decorated rollout samples by itself."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cut
-from .assembly import Origin, assemble, close
+from .assembly import Origin, assemble, close, start
 from .check import check
 from .config import RunConfig
 from .errors import RunError
@@ -106,6 +106,7 @@ class Run:
         if self._stopping:
             self._loop.request_stop()
         try:
+            await start(self._loop, origin)
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
                 idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.learning()]

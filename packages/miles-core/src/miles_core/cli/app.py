@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -151,8 +152,15 @@ def _report(outcome: Outcome) -> None:
         console.print(f"Stopped after step {outcome.steps}; everything is saved. Go on with: [bold]miles resume {outcome.run_dir}[/]")
 
 
+def add_commands_of_packages() -> None:
+    """Groups of commands that installed packages bring (entry points ``miles.command``, each a typer app)."""
+    for entry in metadata.entry_points(group="miles.command"):
+        app.add_typer(entry.load(), name=entry.name)
+
+
 def main() -> None:
     """Entry point of the command ``miles``."""
+    add_commands_of_packages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live view is the progress
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

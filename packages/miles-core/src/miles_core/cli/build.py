@@ -1,11 +1,11 @@
-"""``miles check --load``: build every part of a recipe's first stage in a temporary directory, then let go of it."""
+"""``miles check --load``: build and start every part of a recipe's first stage in a temporary directory, then let go of it."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from ..assembly import Origin, assemble, close
+from ..assembly import Origin, assemble, close, start
 from ..config import RunConfig
 from ..hooks import Hooks
 from ..observer import Observer
@@ -19,5 +19,9 @@ async def build_once(config: RunConfig) -> None:
         run_dir = RunDir.create(Path(directory), config.name)
         context = BuildContext(run_dir.path, config.name, config.seed)
         hooks = Hooks({n: h.build(context) for n, h in config.hooks.items()})
-        loop = await assemble(config, run_dir, Origin(next(iter(config.stages)), 0), [], hooks, Observer())
-        await close(loop)
+        origin = Origin(next(iter(config.stages)), 0)
+        loop = await assemble(config, run_dir, origin, [], hooks, Observer())
+        try:
+            await start(loop, origin)
+        finally:
+            await close(loop)

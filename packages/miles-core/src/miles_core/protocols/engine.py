@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -82,26 +83,38 @@ class WeightSource(Protocol):
     """Gives weights: a trainer."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor) of every weight, in a fixed order, in the dtype the forward pass uses. Tied weights once."""
+        """(Hugging Face name, tensor) of every weight, in a fixed order, in the dtype the forward pass uses. Tied weights once.
+
+        Taken from lazily and in a thread: it may wait for other processes, and need never hold all weights at a time.
+        """
+        ...
+
+    async def export(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face directory (config, safetensors, tokenizer)."""
         ...
 
 
 class WeightSink(Protocol):
-    """Takes weights: an engine."""
+    """Takes weights: an engine, or several that serve the same policy."""
 
     version: int
     """Version of the weights it serves."""
 
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights in place; tokens sampled from here on carry ``version``.
+        """Replace the weights in place; tokens sampled from here on carry ``version``. ``weights`` is gone through once, in a thread.
 
         Raises:
-            DataError: A name is unknown or missing, or a shape or dtype does not fit; nothing was changed.
+            DataError: A name is unknown or missing, or a shape or dtype does not fit. The engine serves what it had, or nothing at all
+                until an update succeeds; never a mixture.
         """
         ...
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What it now holds, by the names of ``update_weights``."""
+    async def load_weights(self, directory: Path, version: int) -> None:
+        """The same from a Hugging Face directory on a disk that the engine can read."""
+        ...
+
+    async def checksum(self) -> str:
+        """Digest of the weights it holds; equal on engines of one kind and layout that hold the same."""
         ...
 
 
@@ -119,12 +132,22 @@ class WeightTransport(Protocol):
 class RolloutEngine(WeightSink, Protocol):
     """Samples tokens from a policy. Calls run concurrently; the engine batches them."""
 
+    async def start(self) -> None:
+        """Get ready: boot servers, connect. Called once, before anything but ``close``.
+
+        Raises:
+            ConfigError: It cannot be had as configured (missing environment, another version); says what to do.
+            RunError: It did not come up; says where its log is.
+        """
+        ...
+
     async def generate(self, request: GenerateRequest) -> Generation:
         """Sample a continuation.
 
         Raises:
             DataError: A token id is outside the vocabulary, the context is empty, or it is longer than the engine takes.
-            InfrastructureFailure: The engine died; the trajectory is issued again.
+            InfrastructureFailure: A server died or did not answer; the trajectory is issued again.
+            RunError: No server is left.
         """
         ...
 
@@ -133,5 +156,5 @@ class RolloutEngine(WeightSink, Protocol):
         ...
 
     async def close(self) -> None:
-        """Stop; processes, threads and memory are gone afterwards."""
+        """Stop; processes, threads and memory are gone afterwards, even if ``start`` failed or was never called."""
         ...

@@ -26,10 +26,17 @@ class StepReport:
 
 
 class Trainer(WeightSource, Protocol):
-    """Holds a model's weights and optimizer. One call at a time."""
+    """Holds a model's weights and optimizer. One call at a time.
+
+    The object is in the run's process; the weights may be elsewhere (ranks of a cluster).
+    """
 
     version: int
     """Version of the weights it holds; set by the loop after each publish."""
+
+    async def start(self) -> None:
+        """Get ready: start ranks, load the model. Called once, before anything but ``close``."""
+        ...
 
     async def annotate(self, batch: Batch, columns: frozenset[str]) -> Batch:
         """The batch with the columns added that this model is asked for (``old_logprobs``, ``ref_logprobs``, ``values`` …), rolled."""
@@ -53,10 +60,6 @@ class Trainer(WeightSource, Protocol):
         """Go on from what ``save`` wrote. Raises CheckpointError when it does not fit."""
         ...
 
-    async def export(self, directory: Path) -> None:
-        """Write the weights as a Hugging Face directory (config, safetensors, tokenizer)."""
-        ...
-
     async def close(self) -> None:
-        """Give memory and processes back."""
+        """Give memory and processes back, even if ``start`` failed or was never called."""
         ...

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from miles_core.digests import checksum
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, MilesError, RunError
 from miles_core.protocols import BuildContext, GenerateRequest, Generation, Tokenizer
 
@@ -20,7 +22,7 @@ from ..plugins import LocalEngineConfig
 from .model import SlotModel, load_model
 from .scheduler import Call, Release, Scheduler
 from .stops import Stops
-from .weights import Weights
+from .weights import Weights, read_weights
 
 T = TypeVar("T")
 
@@ -57,6 +59,9 @@ class LocalEngine:
         self._serving: asyncio.Task[None] | None = None
         self._updates = 0
         self._closed = False
+
+    async def start(self) -> None:
+        """Ready as it is built."""
 
     @property
     def version(self) -> int:
@@ -178,6 +183,14 @@ class LocalEngine:
         self._weights.replace(weights)
         self._scheduler.version = version
         self._scheduler.drop_caches()
+
+    async def load_weights(self, directory: Path, version: int) -> None:
+        """Replace the weights by those of a Hugging Face directory; see WeightSink. Raises DataError; nothing was changed then."""
+        await self.update_weights(read_weights(directory), version)
+
+    async def checksum(self) -> str:
+        """Digest of the weights it holds."""
+        return await self._in_worker(lambda: checksum(self.named_weights()))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, view of what the model holds) of every weight, tied weights once."""

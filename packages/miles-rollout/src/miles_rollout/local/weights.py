@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -65,6 +67,20 @@ class Weights:
         with torch.no_grad():
             for name, tensor in given.items():
                 self.views[name].copy_(tensor)
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight in the safetensors files of a Hugging Face directory. Raises DataError where there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{directory} holds no safetensors files; export the model again")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 — it is no mapping
+                    yield name, weights.get_tensor(name)
+        except SafetensorError as error:
+            raise DataError(f"{file} cannot be read: {error}; export the model again") from error
 
 
 def _parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ import time
 from itertools import zip_longest
 from typing import Any
 
+from miles_core.digests import digests
 from miles_core.errors import RunError
 from miles_core.protocols import BuildContext, WeightSource
 
 from ..plugins import InlineTransportConfig
-from .digest import digests
 
 
 class InlineTransport:

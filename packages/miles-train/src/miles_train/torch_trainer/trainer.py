@@ -75,6 +75,9 @@ class TorchTrainer:
         self._optimizer = self._new_optimizer(context.model_path) if context.losses else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"trainer-{context.model}")
 
+    async def start(self) -> None:
+        """Ready as it is built."""
+
     def _new_optimizer(self, path: Path) -> MasterAdamW:
         own = self._dtype != torch.float32  # read again: a checkpoint may hold more digits than the forward pass uses
         masters = self.model.load(path, torch.float32, self.model.device) if own else self.model.hf

@@ -1,4 +1,4 @@
-"""Digests of weights: how two ends know that they hold the same. Needs torch, no engine."""
+"""Digests of weights: how two ends know that they hold the same. Needs torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import Tensor
 def digests(weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str]]:
     """(name, blake2b over name, dtype, shape and bytes) of each weight, in the order given."""
     return [(name, _digest(name, tensor)) for name, tensor in weights]
+
+
+def checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """One digest of all of them, in the order given."""
+    return hashlib.blake2b("|".join(digest for _, digest in digests(weights)).encode(), digest_size=16).hexdigest()
 
 
 def _digest(name: str, tensor: Tensor) -> str:
