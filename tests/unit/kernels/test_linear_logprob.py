@@ -237,6 +237,7 @@ H, W, Y = make()
         ({"temperature": torch.ones(6, requires_grad=True)}, "temperature requires grad"),
         ({"chunk": 0}, "chunk is a number of rows, at least 1; it is 0"),
         ({"chunk": 2.5}, "it is 2.5"),
+        ({"vocab_start": 4}, "vocab_start is 4, but without a group"),
     ],
 )
 def test_bad_input_is_a_sentence(change: dict[str, Any], sentence: str):

@@ -18,7 +18,7 @@ from .loop import Loop
 from .models import materialize
 from .observer import Observer
 from .producer import Producer
-from .protocols import BuildContext, DataSource, LossTerm, Players, RolloutEngine, Tokenizer, Tracker, Trainer
+from .protocols import BuildContext, Cluster, DataSource, LossTerm, Players, RolloutEngine, Tokenizer, Tracker, Trainer
 from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
@@ -36,7 +36,9 @@ class Origin:
     state: cut.CutState | None = None
 
 
-async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, observer: Observer) -> Loop:
+async def assemble(
+    config: RunConfig, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, observer: Observer, cluster: Cluster
+) -> Loop:
     """Build a stage. Nothing is started yet: ``start`` does that.
 
     Raises:
@@ -45,7 +47,14 @@ async def assemble(config: RunConfig, run_dir: RunDir, origin: Origin, trackers:
     observer.phase("build")
     stage = config.stages[origin.stage]
     base = BuildContext(
-        run_dir.path, config.name, config.seed, device=device_of(config), total_steps=stage.steps, stage=stage, stage_name=origin.stage
+        run_dir.path,
+        config.name,
+        config.seed,
+        device=device_of(config),
+        total_steps=stage.steps,
+        stage=stage,
+        stage_name=origin.stage,
+        cluster=cluster,
     )
     data: DataSource = stage.data.build(base)
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)

@@ -23,6 +23,13 @@ def check(config: RunConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def missing(config: RunConfig) -> list[str]:
+    """What this machine lacks for the run, each a sentence; looked for before anything is built, lest a later stage find out."""
+    models = [model for stage in config.stages.values() for model in stage.models.values()]
+    parts = [plugin for model in models for plugin in (model.trainer, model.engine) if plugin is not None]
+    return list(dict.fromkeys(f"{p.point} {p.use!r}: {sentence}" for p in parts for sentence in p.missing()))
+
+
 def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str]:
     """``trained``: models that stages before have trained and hand on."""
     if stage.steps == 0:
@@ -61,6 +68,11 @@ def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: l
     for kind, plugin in (("trainer", model.trainer), ("engine", model.engine), ("transport", model.transport)):
         if plugin is not None:
             yield from (f"{kind} {plugin.use!r}: {p}" for p in plugin.problems(stage))
+    if model.engine is not None and model.transport.within_process and not model.engine.in_process:
+        yield (
+            f"transport {model.transport.use!r} hands tensors over within a process, but engine {model.engine.use!r} is another; "
+            "use transport: tensor or disk"
+        )
     owner = name if model.has_samples else model.of or owners[0]
     if not model.learns or owner not in owners:
         return

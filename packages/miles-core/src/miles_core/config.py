@@ -169,6 +169,8 @@ class RunConfig(Tree):
     runs_dir: Path = Path("runs")
     """Where run directories are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cluster: plug("cluster") = Field(default={"use": "processes"}, validate_default=True)  # ty: ignore
+    """Where the ranks of models that are spread over several processes run."""
     trackers: named(plug("tracker")) = Field(default={"tensorboard": {"use": "tensorboard"}}, validate_default=True)  # ty: ignore
     """By name, beside ``metrics.jsonl``, which is always written."""
     hooks: named(plug("hook")) = {}  # ty: ignore
@@ -311,7 +313,7 @@ def _point_of(path: KeyPath) -> str | None:
     singular |= {"corrections": "ratio_correction"}
     singular |= {"evaluators": "evaluator", "trackers": "tracker", "hooks": "hook"}
     own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport", "estimator": "kl", "base": "advantage"}
-    names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment")
+    names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment", "cluster")
     last = path[-1]
     if len(path) > 1 and path[-2] in singular:
         return singular[path[-2]]

@@ -1,12 +1,13 @@
-"""Digests of weights: how two ends know that they hold the same. Needs torch."""
+"""Digests of weights: how two ends know that they hold the same. Torch is loaded when they are used."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def digests(weights: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str]]:
@@ -20,6 +21,8 @@ def checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _digest(name: str, tensor: Tensor) -> str:
+    import torch
+
     digest = hashlib.blake2b(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode(), digest_size=16)
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -79,6 +79,11 @@ class PluginConfig(BaseModel):
         """What is wrong with these options in this ``StageConfig``, each a sentence. Called by ``miles check``, torch-free."""
         return []
 
+    def missing(self) -> list[str]:
+        """What this machine lacks for it, each a sentence that says how to get it. A run asks before it begins, ``miles check`` as a note:
+        a recipe may be checked on another machine than it runs on. Torch-free."""
+        return []
+
     def build(self, context: BuildContext) -> Any:
         """Import the target, bind the options and check the result against the point's Protocol."""
         point, origin = POINTS[self.point], f"{self.point} {self.use!r} of {origin_of(self.point, self.use)}, target {self.target},"
@@ -103,6 +108,20 @@ class TrainerConfig(PluginConfig):
 
     brings_weights: ClassVar[bool] = False
     """Whether it has its model and loss itself (``@miles.update``), so that the recipe names neither."""
+
+
+class EngineConfig(PluginConfig):
+    """What every rollout engine has beside its own options."""
+
+    in_process: ClassVar[bool] = True
+    """Whether it is in the run's process, so that tensors can be handed to it and looked at there."""
+
+
+class TransportConfig(PluginConfig):
+    """What every weight transport has beside its own options."""
+
+    within_process: ClassVar[bool] = False
+    """Whether it only reaches engines of the same process."""
 
 
 class AdvantageConfig(PluginConfig):
@@ -172,9 +191,10 @@ POINTS: dict[str, Point] = {
         Point("kl", protocols.Kl, "estimates a KL divergence"),
         Point("ratio_correction", protocols.Correction, "weights or drops rows that the engine sampled differently"),
         Point("aggregation", protocols.Aggregation, "how rows add up to the loss"),
-        Point("rollout_engine", protocols.RolloutEngine, "samples tokens from a policy"),
+        Point("rollout_engine", protocols.RolloutEngine, "samples tokens from a policy", EngineConfig),
         Point("trainer", protocols.Trainer, "holds weights and optimizer", TrainerConfig),
-        Point("weight_transport", protocols.WeightTransport, "carries weights to engines"),
+        Point("cluster", protocols.Cluster, "starts the processes that a model is spread over"),
+        Point("weight_transport", protocols.WeightTransport, "carries weights to engines", TransportConfig),
         Point("tracker", protocols.Tracker, "takes metrics somewhere"),
         Point("evaluator", protocols.Evaluator, "measures a policy on data of its own"),
         Point("hook", object, "called at moments of the loop (miles_core.hooks)"),

@@ -12,8 +12,8 @@ from .errors import PluginError
 def check_protocol(obj: Any, protocol: type, point: str, origin: str) -> None:
     """Raise a PluginError that says what is missing if ``obj`` does not keep the point's Protocol.
 
-    Methods must exist, take the Protocol's arguments by position, and be async where the Protocol is (rewards and rollouts may
-    be either; the plain ones are called in threads).
+    Methods must exist, take the Protocol's arguments as it does (by position, or by name only), and be async where the Protocol is
+    (rewards and rollouts may be either; the plain ones are called in threads).
     """
     members = {
         n: m
@@ -38,7 +38,9 @@ def check_protocol(obj: Any, protocol: type, point: str, origin: str) -> None:
             )
         unbound = inspect.isclass(obj)
         try:
-            inspect.signature(method).bind(*([None] if unbound else []), *(None for p in arguments if p.kind is not p.KEYWORD_ONLY))
+            by_name = {p.name: None for p in arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+            by_position = [None for p in arguments if p.kind is not p.KEYWORD_ONLY]
+            inspect.signature(method).bind(*([None] if unbound else []), *by_position, **by_name)
         except TypeError as error:
             raise PluginError(f"{origin}: {name}{inspect.signature(method)} cannot be called as {signature}: {error}") from None
         except ValueError:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from . import cut
 from .assembly import Origin, assemble, close, start
-from .check import check
+from .check import check, missing
 from .config import RunConfig
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .hooks import Hooks
 from .loop import Loop
 from .observer import Observer
-from .protocols import BuildContext, Tracker, Trainer
+from .protocols import BuildContext, Cluster, Tracker, Trainer
 from .run_dir import RunDir
 from .trackers import JsonlTracker
 
@@ -47,6 +47,8 @@ class Run:
 
     def __init__(self, config: RunConfig, observer: Observer | None = None):
         check(config)
+        if lacking := missing(config):
+            raise ConfigError("\n".join(lacking))
         self.config = config
         self.observer = observer or Observer()
         self._loop: Loop | None = None
@@ -81,6 +83,7 @@ class Run:
         context = BuildContext(run_dir.path, self.config.name, self.config.seed)
         hooks = Hooks({n: h.build(context) for n, h in self.config.hooks.items()})
         trackers: list[Tracker] = [JsonlTracker(run_dir.metrics)]
+        cluster: Cluster = self.config.cluster.build(context)
         try:
             trackers += [t.build(context) for t in self.config.trackers.values()]
             names = list(self.config.stages)
@@ -88,7 +91,7 @@ class Run:
                 if name != origin.stage:
                     origin = Origin(name, origin.first_step + self.config.stages[origin.stage].steps)
                 following = dict(zip(names, [*names[1:], "final"], strict=True))[name]
-                done = await self._stage(run_dir, origin, trackers, hooks, following)
+                done = await self._stage(run_dir, origin, trackers, hooks, cluster, following)
                 if done < self.config.stages[name].steps:
                     return Outcome(run_dir.path, origin.first_step + done, finished=False)
             return Outcome(run_dir.path, origin.first_step + done, finished=True)
@@ -97,12 +100,13 @@ class Run:
                 raise with_notes(RunError(f"the disk of {run_dir.path} is full ({error}). Make room."), error) from error
             raise
         finally:
+            await cluster.close()
             for tracker in trackers:
                 tracker.close()
 
-    async def _stage(self, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, following: str) -> int:
+    async def _stage(self, run_dir: RunDir, origin: Origin, trackers: list[Tracker], hooks: Hooks, cluster: Cluster, following: str) -> int:
         """Steps that are done of the stage; its weights are exported for the one that follows."""
-        self._loop = await assemble(self.config, run_dir, origin, trackers, hooks, self.observer)
+        self._loop = await assemble(self.config, run_dir, origin, trackers, hooks, self.observer, cluster)
         if self._stopping:
             self._loop.request_stop()
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from miles_core.plugins import PluginConfig
+from miles_core.errors import ConfigError
+from miles_core.plugins import EngineConfig, TransportConfig
 
 
-class LocalEngineConfig(PluginConfig):
+class LocalEngineConfig(EngineConfig):
     """A batched sampler in this process over any Hugging Face causal language model with full attention."""
 
     point: ClassVar[str] = "rollout_engine"
@@ -23,8 +25,80 @@ class LocalEngineConfig(PluginConfig):
     """Most tokens of a sequence, context and generation together. None: as many as the model has positions."""
 
 
-class InlineTransportConfig(PluginConfig):
+class SglangEngineConfig(EngineConfig):
+    """SGLang servers: started here, or running already and reached at their URLs."""
+
+    point: ClassVar[str] = "rollout_engine"
+    target: ClassVar[str] = "miles_rollout.sglang.engine:SglangEngine"
+    in_process: ClassVar[bool] = False
+
+    servers: int = Field(1, gt=0)
+    """How many to start; requests go to the one with the fewest outstanding. Not with ``urls``."""
+    interpreter: str | None = None
+    """Python of SGLang's environment. None: the one that `miles engine install sglang-cpu` made."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the servers, beside and before those that Miles sets."""
+    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """More arguments of ``sglang.launch_server`` by name, such as ``max_running_requests: 32``; true gives a flag."""
+    urls: tuple[str, ...] = ()
+    """Servers that are running already, such as ``http://127.0.0.1:30000``; none are started then."""
+    key_variable: str | None = None
+    """Environment variable that holds the API key of the servers at ``urls``. None: they want none."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; the trainer's compute dtype must be the same. None: float32 on a CPU, bfloat16 on a GPU."""
+    max_length: int | None = Field(None, gt=1)
+    """Most tokens of a sequence, context and generation together. None: as many as the servers take."""
+    boot_timeout_s: float = Field(240, gt=0)
+    """Deadline for a server to come up."""
+    generate_timeout_s: float = Field(600, gt=0)
+    """Deadline for one generation to end; past it the server counts as dead and the trajectory is issued again."""
+    control_timeout_s: float = Field(120, gt=0)
+    """Deadline for any other answer: a bucket of weights, a checksum, a pause."""
+
+    def missing(self) -> list[str]:
+        """SGLang's environment, where servers are to be started."""
+        if self.urls:
+            return []
+        if self.interpreter is not None:
+            there = Path(self.interpreter).is_file()
+            return [] if there else [f"there is no {self.interpreter}; interpreter is the Python of SGLang's environment"]
+        from .sglang.environment import find
+
+        try:
+            find("sglang-cpu")
+        except ConfigError as error:
+            return [str(error)]
+        return []
+
+    @model_validator(mode="after")
+    def _started_or_reached(self) -> Self:
+        if self.urls and (set_in_vain := self.model_fields_set & {"servers", "interpreter", "environment", "arguments", "boot_timeout_s"}):
+            raise ValueError(f"servers at urls are not started here; leave {', '.join(sorted(set_in_vain))} out")
+        if self.key_variable is not None and not self.urls:
+            raise ValueError("key_variable is for servers at urls; those started here get a key of their own")
+        return self
+
+
+class InlineTransportConfig(TransportConfig):
     """Weights to engines of the same process, tensor by tensor."""
 
     point: ClassVar[str] = "weight_transport"
     target: ClassVar[str] = "miles_rollout.transports.inline:InlineTransport"
+    within_process: ClassVar[bool] = True
+
+
+class TensorTransportConfig(TransportConfig):
+    """Weights by value over the engines' own interface, compared with weights loaded from disk now and then."""
+
+    point: ClassVar[str] = "weight_transport"
+    target: ClassVar[str] = "miles_rollout.transports.tensor:TensorTransport"
+
+    verify_every: int = Field(100, ge=0)
+    """At the first publish and every so many, an export on disk is loaded and must have the same checksum. 0: only at the first."""
+
+
+class DiskTransportConfig(TransportConfig):
+    """Weights through a Hugging Face directory on a disk that trainer and engines share."""
+
+    point: ClassVar[str] = "weight_transport"
+    target: ClassVar[str] = "miles_rollout.transports.disk:DiskTransport"

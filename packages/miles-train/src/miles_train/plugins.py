@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,13 +27,8 @@ class Gates(BaseModel):
     """Lowest ``mismatch/ess``; 0 has no bound. verl's documentation warns below 0.3."""
 
 
-class TorchTrainerConfig(TrainerConfig):
-    """A Hugging Face model and AdamW, in one process: a language model, or one with a scalar head for critics and reward models."""
-
-    point: ClassVar[str] = "trainer"
-    target: ClassVar[str] = "miles_train.torch_trainer.trainer:TorchTrainer"
-    gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
-    """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
+class AdamWTrainerConfig(TrainerConfig):
+    """What the trainers of this package share: AdamW over float32 masters, its schedule, precision, micro-batches and gates."""
 
     lr: float = Field(1e-6, gt=0)
     """Highest learning rate, reached after the warm-up."""
@@ -53,13 +49,67 @@ class TorchTrainerConfig(TrainerConfig):
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the forward pass computes in; None: float32 on a CPU, bfloat16 on a GPU. Master weights, moments and gradient
     accumulation are float32 in any case."""
-    layout: Literal["padded", "packed"] = "padded"
-    """A micro-batch is [samples, longest] with padding, or one row [1, N] without. Where there is no flash attention a packed row
-    costs the square of its length: set micro_batch_tokens to some 500 on a CPU, or pad."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Most rows of a forward pass, padding included. It changes memory and speed, never the gradient."""
     gates: Gates = Gates()
     """When a batch is refused because rollout engine and trainer disagree; of language models only."""
+    routing_replay: bool = True
+    """Of a mixture-of-experts policy: take the experts that the rollout engine chose (column ``routing``) wherever they were recorded.
+    Strict: a trained token without them is refused. Dense models and other roles have nothing to replay."""
+    compare_routing: bool = False
+    """Also measure the mismatch with the routers' own choice (``mismatch_own_routing/…``), by one more forward pass of each batch's
+    first optimizer step."""
+
+
+class TorchTrainerConfig(AdamWTrainerConfig):
+    """A Hugging Face model and AdamW, in one process: a language model, or one with a scalar head for critics and reward models."""
+
+    point: ClassVar[str] = "trainer"
+    target: ClassVar[str] = "miles_train.torch_trainer.trainer:TorchTrainer"
+    gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
+    """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
+
+    layout: Literal["padded", "packed"] = "padded"
+    """A micro-batch is [samples, longest] with padding, or one row [1, N] without. Where there is no flash attention a packed row
+    costs the square of its length: set micro_batch_tokens to some 500 on a CPU, or pad."""
+
+
+class Parallel(BaseModel):
+    """Over how many ranks a model is spread, by kind of parallelism; the product of tensor, pipeline, context and data is the
+    number of ranks, and expert divides what is left of it by tensor and pipeline (data × context, and tensor where experts are whole)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tensor: int = Field(1, ge=1)
+    """Ranks that share each matrix and the vocabulary; more than 1 shares the norms' activations too (sequence parallelism)."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks one after another, each with a part of the layers."""
+    context: int = Field(1, ge=1)
+    """Ranks that share each sample's rows."""
+    expert: int = Field(1, ge=1)
+    """Ranks that share the experts of each MoE layer."""
+    data: int = Field(1, ge=1)
+    """Ranks that share the samples."""
+
+
+class MegatronTrainerConfig(AdamWTrainerConfig):
+    """megatron-core's GPT model, data parallelism and optimizer, spread over the ranks of the run's cluster."""
+
+    point: ClassVar[str] = "trainer"
+    target: ClassVar[str] = "miles_train.megatron.trainer:MegatronTrainer"
+    gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs"})
+
+    parallel: Parallel = Parallel()
+    """Over how many ranks the model is spread, and how."""
+    recompute: bool = False
+    """Whether activations of each layer are computed again in the backward pass instead of being kept."""
+    bucket_bytes: int = Field(256 * 2**20, ge=1)
+    """Weights are given away in buckets of about so many bytes."""
+
+    def missing(self) -> list[str]:
+        """megatron-core."""
+        there = importlib.util.find_spec("megatron") is not None
+        return [] if there else ["megatron-core is not installed; pip install 'miles-train[megatron]'"]
 
 
 class RewardModelConfig(RewardConfig):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .plugins import TorchTrainerConfig
+from .plugins import AdamWTrainerConfig
 
 
-def learning_rate(config: TorchTrainerConfig, step: int, total: int) -> float:
+def learning_rate(config: AdamWTrainerConfig, step: int, total: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0) of ``total``.
 
     It rises linearly over ``warmup_steps`` (the first step already learns: it has lr / warmup_steps), then stays, or falls

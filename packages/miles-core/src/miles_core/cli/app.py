@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -59,6 +60,7 @@ def check(
 ) -> None:
     """Resolve and validate a recipe, and show what it would do. Needs no torch."""
     from ..check import check as check_config
+    from ..check import missing
     from .show import plan
 
     config = resolve(recipe, overrides)
@@ -71,6 +73,8 @@ def check(
         print(json.dumps(config.model_dump(mode="json"), indent=2))
     else:
         console.print(plan(config))
+        for sentence in missing(config):
+            console.print(f"[yellow]not on this machine[/] {escape(sentence)}")
         console.print("[green]ok[/] " + ("everything was built" if load else "nothing was built; --load does"))
 
 
@@ -152,8 +156,9 @@ def _report(outcome: Outcome) -> None:
         console.print(f"Stopped after step {outcome.steps}; everything is saved. Go on with: [bold]miles resume {outcome.run_dir}[/]")
 
 
+@functools.cache
 def add_commands_of_packages() -> None:
-    """Groups of commands that installed packages bring (entry points ``miles.command``, each a typer app)."""
+    """Groups of commands that installed packages bring (entry points ``miles.command``, each a typer app); once a process."""
     for entry in metadata.entry_points(group="miles.command"):
         app.add_typer(entry.load(), name=entry.name)
 

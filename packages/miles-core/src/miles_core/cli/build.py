@@ -19,9 +19,11 @@ async def build_once(config: RunConfig) -> None:
         run_dir = RunDir.create(Path(directory), config.name)
         context = BuildContext(run_dir.path, config.name, config.seed)
         hooks = Hooks({n: h.build(context) for n, h in config.hooks.items()})
+        cluster = config.cluster.build(context)
         origin = Origin(next(iter(config.stages)), 0)
-        loop = await assemble(config, run_dir, origin, [], hooks, Observer())
+        loop = await assemble(config, run_dir, origin, [], hooks, Observer(), cluster)
         try:
             await start(loop, origin)
         finally:
             await close(loop)
+            await cluster.close()

@@ -18,6 +18,7 @@ from .algorithms import (
     LossTerm,
     Unit,
 )
+from .cluster import Cluster, Place, Ranks
 from .data import DataSource, Passage, Prompt, Tokenizer
 from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, WeightSink, WeightSource, WeightTransport
 from .rollout import Environment, Generate, GroupFilter, Observation, Players, Reward, Rollout, RolloutContext, SampleFilter, Trajectory
@@ -29,6 +30,7 @@ __all__ = [
     "AdvantageInputs",
     "Aggregation",
     "BuildContext",
+    "Cluster",
     "Correction",
     "CorrectionInputs",
     "CorrectionOutputs",
@@ -47,8 +49,10 @@ __all__ = [
     "LossTerm",
     "Observation",
     "Passage",
+    "Place",
     "Players",
     "Prompt",
+    "Ranks",
     "Reward",
     "Rollout",
     "RolloutContext",

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ..sample import Sample
 from .algorithms import Aggregation, LossTerm
+from .cluster import Cluster
 from .rollout import Players
 
 
@@ -57,6 +58,7 @@ class BuildContext:
         device: ``cpu`` or ``cuda``.
         total_steps: Calls of ``Trainer.step`` in this stage (for schedules).
         stage: The ``StageConfig`` it is built for.
+        cluster: Starts the processes that a model is spread over; None where nothing may be started.
         stage_name: Its name; models that stages before trained are in ``run_dir/models/<stage_name>``.
     """
 
@@ -72,4 +74,5 @@ class BuildContext:
     device: str = "cpu"
     total_steps: int = 0
     stage: Any = None
+    cluster: Cluster | None = None
     stage_name: str = ""

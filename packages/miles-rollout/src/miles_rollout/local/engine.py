@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from miles_core.errors import ConfigError, DataError, InfrastructureFailure, Mil
 from miles_core.protocols import BuildContext, GenerateRequest, Generation, Tokenizer
 
 from ..plugins import LocalEngineConfig
+from ..requests import check_request
 from .model import SlotModel, load_model
 from .scheduler import Call, Release, Scheduler
 from .stops import Stops
@@ -100,23 +100,11 @@ class LocalEngine:
         self._post(Release(session))
 
     def _check(self, request: GenerateRequest) -> None:
-        who, tokens = f"session {request.session!r}", request.tokens
         if self._closed:
-            raise RunError(f"{who} asks for a generation of an engine that is closed")
+            raise RunError(f"session {request.session!r} asks for a generation of an engine that is closed")
         if request.session in self._calls:
-            raise DataError(f"{who} has a call running already; a session generates one continuation at a time")
-        if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int32 or tokens.ndim != 1:
-            raise DataError(f"{who}: the context must be an int32 array [T]")
-        if len(tokens) == 0:
-            raise DataError(f"{who}: the context is empty; give at least one token to start from")
-        if len(tokens) >= self.max_length:
-            raise DataError(f"{who}: the context has {len(tokens)} tokens, which leaves no room: the engine takes {self.max_length} in all")
-        outside = np.flatnonzero((tokens < 0) | (tokens >= self._model.vocab_size))
-        if len(outside):
-            index = int(outside[0])
-            raise DataError(f"{who}: token {tokens[index]} at index {index} is outside the vocabulary of {self._model.vocab_size}")
-        if not _in_range(request):
-            raise DataError(f"{who}: sampling settings, key or routing_start are out of range in {request}")
+            raise DataError(f"session {request.session!r} has a call running already; a session generates one continuation at a time")
+        check_request(request, self._model.vocab_size, self.max_length)
 
     def _post(self, message: Call | Release) -> None:
         """To the serving task, which takes messages in order."""
@@ -211,14 +199,6 @@ class LocalEngine:
         self._worker.shutdown()
         self._weights.views.clear()
         self._model.hf.to("meta")  # gives the weights' memory back, whoever still holds the engine
-
-
-def _in_range(request: GenerateRequest) -> bool:
-    s = request.sampling
-    drawn = (s.temperature == 0 or 1e-4 <= s.temperature < 1e4) and 0 < s.top_p <= 1 and s.top_k >= 0 and 0 <= s.min_p <= 1
-    return (
-        drawn and s.max_tokens >= 1 and "" not in s.stop and 0 <= request.key < 2**64 and 0 <= request.routing_start <= len(request.tokens)
-    )
 
 
 def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:

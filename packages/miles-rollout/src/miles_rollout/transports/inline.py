@@ -30,15 +30,16 @@ class InlineTransport:
             RunError: A sink holds something else afterwards; names the sink and the first tensor that differs.
         """
         began = time.perf_counter()
-        sent = await asyncio.to_thread(lambda: digests(source.named_weights()))
+        weights = await asyncio.to_thread(lambda: list(source.named_weights()))
+        sent = await asyncio.to_thread(lambda: sorted(digests(weights)))  # trainer and engine each have an order of their own
         for index, sink in enumerate(sinks):
-            await sink.update_weights(source.named_weights(), version)
-            held = await asyncio.to_thread(lambda sink=sink: digests(sink.named_weights()))
+            await sink.update_weights(weights, version)
+            held = await asyncio.to_thread(lambda sink=sink: sorted(digests(sink.named_weights())))
             for sent_one, held_one in zip_longest(sent, held, fillvalue=("nothing", "")):
                 if sent_one != held_one:
                     raise RunError(
                         f"engine {index} ({type(sink).__name__}) does not hold version {version} of the weights: where {sent_one[0]!r} was "
                         f"sent it has {'another ' * (sent_one[0] == held_one[0])}{held_one[0]!r}. Its weights must not be used."
                     )
-        size = sum(tensor.numel() * tensor.element_size() for _, tensor in source.named_weights())
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
         return {"bytes": float(size * len(sinks)), "seconds": time.perf_counter() - began}

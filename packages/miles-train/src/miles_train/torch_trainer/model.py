@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from miles_core.batch import Batch
 from miles_core.errors import ConfigError
 
 from .layouts import LAYOUTS
+from .routing_replay import RoutingReplay
 
 
 class PackedModel(ABC):
@@ -28,6 +30,7 @@ class PackedModel(ABC):
         hf: The transformers model, in evaluation mode: dropout would make its numbers random.
         device: Where it is.
         vocab_size: Token ids are below it.
+        replay: Puts the experts of the batch's column ``routing`` into every forward pass; None: routers choose for themselves.
     """
 
     gives: ClassVar[frozenset[str]]
@@ -47,6 +50,7 @@ class PackedModel(ABC):
         assert isinstance(embedding, Tensor)
         self.vocab_size = embedding.shape[0]
         self._layout = LAYOUTS[layout]
+        self.replay: RoutingReplay | None = None
         if layout == "packed":
             _check_packing(self.hf, self.vocab_size)
 
@@ -75,7 +79,8 @@ class PackedModel(ABC):
     def hidden(self, batch: Batch, rows: np.ndarray) -> Tensor:
         """[R, hidden size]: last hidden states of some rows; row p has read the tokens up to and including p."""
         inputs, where = self._layout(batch)
-        hidden = self.hf.base_model(**{n: self.tensor(x) for n, x in inputs.items()}, use_cache=False).last_hidden_state
+        with self.replay.forward(batch, where, inputs["input_ids"].size) if self.replay else nullcontext():
+            hidden = self.hf.base_model(**{n: self.tensor(x) for n, x in inputs.items()}, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, self.tensor(where[rows]))
 
     def tensor(self, array: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..plugins import TorchTrainerConfig
+from ..plugins import AdamWTrainerConfig
 
 
 class MasterAdamW:
@@ -21,7 +21,7 @@ class MasterAdamW:
         masters: By parameter name. In float32 training they are the model's own parameters.
     """
 
-    def __init__(self, model: nn.Module, masters: Mapping[str, nn.Parameter], config: TorchTrainerConfig) -> None:
+    def __init__(self, model: nn.Module, masters: Mapping[str, nn.Parameter], config: AdamWTrainerConfig) -> None:
         self.masters = dict(masters)
         self._compute = dict(model.named_parameters())
         groups = [

@@ -1,8 +1,8 @@
 """`trainer: torch`: the loop over optimizer steps and micro-batches, in one process.
 
 A micro-batch's loss is its exact share of the optimizer step's loss (SegmentOps.share), so gradients add up to the same sum
-however the step was cut up, padded or packed. Routing replay, renormalisation over a recorded support, attachments and several
-processes are not here yet; samples that need one of them are refused.
+however the step was cut up, padded or packed. Renormalisation over a recorded support, attachments and several processes are not
+here yet; samples that need one of them are refused.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from torch import Tensor
 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError, DataError, RunError, StepRefused
+from miles_core.moe import experts
 from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
 
 from ..gates import check_gates
 from ..mismatch import mismatch_metrics
 from ..plugins import TorchTrainerConfig
+from ..routing import load_routing, own_routing
 from ..schedule import learning_rate
 from . import checkpoint
 from .causal_lm import CausalLM
 from .model import PackedModel, compute_dtype
 from .objective import shares
 from .optimizer import MasterAdamW
+from .routing_replay import RoutingReplay
 from .scalar_model import ScalarModel
 
 P = ParamSpec("P")
@@ -72,6 +75,8 @@ class TorchTrainer:
         device = torch.device(context.device)
         self._dtype = compute_dtype(config.dtype, device)
         self.model = MODELS.get(context.role, CausalLM)(context.model_path, self._dtype, device, config.layout)
+        if config.routing_replay and context.role == "policy" and experts(self.model.hf):
+            self.model.replay = RoutingReplay(self.model.hf)
         self._optimizer = self._new_optimizer(context.model_path) if context.losses else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"trainer-{context.model}")
 
@@ -172,7 +177,7 @@ class TorchTrainer:
         if len(bad):
             ref = batch.refs[batch.segment[bad[0]]]
             raise DataError(f"sample {ref.id} holds token id {tokens[bad[0]]}; the model's ids are 0 to {self.model.vocab_size - 1}")
-        return batch
+        return load_routing(batch, self.model.replay.shape) if self.model.replay else batch
 
     def _micro_batches(self, batch: Batch, units: np.ndarray) -> list[np.ndarray]:
         return micro_batches(batch.lengths, units, self.config.micro_batch_tokens, padded=self.config.layout == "padded")
@@ -193,6 +198,8 @@ class TorchTrainer:
         reports: list[dict[str, float]] = []
         mismatch: dict[str, float] = {}
         seconds = 0.0
+        if self.model.replay:
+            self.model.replay.reset()
         for minibatch in batch.optimizer_steps():
             if minibatch.segments.tokens == 0:
                 continue
@@ -202,6 +209,8 @@ class TorchTrainer:
                 if not reports and logprobs is not None:
                     mismatch = _mismatch(minibatch, logprobs, self.version)
                     check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."))
+                    if self.model.replay and self.config.compare_routing:
+                        mismatch |= self._own_routing(minibatch, self.model.replay)
                 norm = optimizer.gradient_norm()
                 report |= {"grad_norm": float(norm), "lr": learning_rate(self.config, self.optimizer_steps, total)}
                 seconds += time.perf_counter() - start
@@ -219,7 +228,8 @@ class TorchTrainer:
             raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
         metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
         metrics |= {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
-        return StepReport(metrics | mismatch, len(reports))
+        routing = self.model.replay.finish() if self.model.replay else {}
+        return StepReport(metrics | mismatch | routing, len(reports))
 
     def _forward_backward(self, minibatch: Batch) -> tuple[dict[str, float], np.ndarray | None]:
         """Gradients of one optimizer step; its metrics, and a language model's log-probabilities, float64 [N], of the trained rows."""
@@ -235,11 +245,26 @@ class TorchTrainer:
                 logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].detach().cpu().numpy()
         return {name: float(x) for name, x in sums.items()}, logprobs
 
+    @torch.no_grad()
+    def _own_routing(self, minibatch: Batch, replay: RoutingReplay) -> dict[str, float]:
+        """The mismatch without replay, named ``mismatch_own_routing/…``, by a forward pass over the trained samples."""
+        logprobs = np.full(minibatch.n_rows, np.nan)
+        kept = np.flatnonzero(minibatch.segments.sequence_tokens)
+        trained = minibatch.select(kept)
+        with replay.off():
+            for samples in self._micro_batches(trained, np.arange(len(trained))):
+                micro = trained.select(samples)
+                outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
+                logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].cpu().numpy()
+        return own_routing(_mismatch(minibatch, logprobs, self.version))
+
     def _add_gradient(self, micro: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts."""
         assert self.context.aggregation is not None
         outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
-        loss, parts = shares(micro, outputs, self.context.losses, self.context.aggregation)
+        loss, parts, complaint = shares(micro, outputs, self.context.losses, self.context.aggregation)
+        if complaint:
+            raise RunError(complaint)
         loss.backward()
         return outputs, parts
 

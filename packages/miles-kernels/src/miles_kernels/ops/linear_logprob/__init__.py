@@ -9,22 +9,31 @@ The gradient with respect to z recomputes the chunk (as in Liger Kernel, arXiv 2
     d logprob / d z_i = [i = target] − p_i
     d entropy / d z_i = −p_i (log p_i + entropy)
 
-This file holds the checks and the autograd; a backend (`reference.py`) holds `forward` and `backward` on plain tensors.
+This file holds the autograd; a backend (`reference.py`) holds `forward` and `backward` on plain tensors, `checks.py` the refusals.
+
+Split over the vocabulary (`group`), rank r has the rows V_r of the weight. With m_r, s_r, e_r the largest logit, Σ exp(z_i − m_r) and
+Σ exp(z_i − m_r)(z_i − m_r) over V_r, and m = max m_r, f_r = exp(m_r − m):
+
+    logsumexp = m + log Σ_r f_r s_r
+    entropy = log Σ_r f_r s_r − Σ_r f_r (e_r + (m_r − m) s_r) / Σ_r f_r s_r
+
+so that [T] numbers travel and never logits. Tensor-parallel ranks compute the same loss of the same results: dlogprob and dentropy are
+equal on all of them, each computes d loss / d z over V_r from these, and d hidden = Σ_r (d loss / d z_{V_r}) @ weight_r.
 """
 
-import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from miles_kernels.registry import backend
 
-__all__ = ["LinearLogprob", "linear_logprob"]
+from .checks import check_arguments, check_targets, vocabulary
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+__all__ = ["LinearLogprob", "linear_logprob"]
 
 
 class LinearLogprob(NamedTuple):
@@ -42,6 +51,8 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
     chunk: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> LinearLogprob:
     """log softmax((hidden @ weight.T + bias) / temperature) at `targets`, and the entropy of that same distribution.
 
@@ -56,57 +67,35 @@ def linear_logprob(
 
     T = 0 gives empty results and zero gradients. Gradients of gradients are not supported. ValueError on a wrong shape, dtype, device or
     value; on an accelerator, looking for values out of range waits for the device.
+
+    With `group`, each of its ranks holds some rows of the weight (and of the bias): those of the token ids from `vocab_start` on. Together
+    they are the vocabulary; shares need not be equal and may be empty. hidden, targets (ids of the whole vocabulary) and temperature
+    are the same on all ranks, and so are the results. Forward and backward are collectives: 4 T numbers are all-reduced, and a few that
+    tell where the shares lie; then the gradient of hidden. That gradient is complete on every rank, so the caller must not reduce it
+    again; the gradient of weight is that of the rank's own rows. Both are right where every rank computes the same loss from the same
+    results, as tensor-parallel ranks do. `chunk` may differ from rank to rank. Ranks that do not all come wait for the group's timeout.
     """
-    dtype, temperatures = _checked(hidden, weight, targets, temperature, bias, chunk)
-    return LinearLogprob(
-        *_LinearLogprob.apply(hidden, weight, bias, targets, temperatures.to(dtype), chunk, backend("linear_logprob", hidden.device))
-    )
+    dtype, temperatures = check_arguments(hidden, weight, targets, temperature, bias, chunk)
+    check_targets(targets, vocabulary(len(weight), vocab_start, group, hidden.device))
+    local = targets - vocab_start if vocab_start else targets
+    form = backend("linear_logprob", hidden.device)
+    return LinearLogprob(*_LinearLogprob.apply(hidden, weight, bias, local, temperatures.to(dtype), chunk, form, group))
 
 
-def _checked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None, chunk: int | None
-) -> tuple[torch.dtype, Tensor]:
-    """The dtype of the maths and the temperature as a tensor [T]; ValueError with a sentence on what the op cannot take."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [T, D] and weight [V, D] with one D; they are {list(hidden.shape)} and {list(weight.shape)}.")
-    (rows, _), vocab = hidden.shape, weight.shape[0]
-    if vocab == 0:
-        raise ValueError("weight has no rows: the vocabulary is empty.")
-    if targets.shape != (rows,) or targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 [{rows}], one a row of hidden; it is {targets.dtype} {list(targets.shape)}.")
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"bias must be [{vocab}], one a row of weight; it is {list(bias.shape)}.")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk is a number of rows, at least 1; it is {chunk!r}.")
-
-    dtype = torch.float32
-    for name, tensor in {"hidden": hidden, "weight": weight, "bias": bias}.items():
-        if tensor is not None:
-            if tensor.dtype not in FLOATS:
-                raise ValueError(f"{name} must be bfloat16, float16, float32 or float64; it is {tensor.dtype}.")
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    for name, tensor in {"weight": weight, "targets": targets, "bias": bias, "temperature": temperature}.items():
-        if isinstance(tensor, Tensor) and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: they must be on one device.")
-
-    outside = ((targets < 0) | (targets >= vocab)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(f"targets[{row}] is {int(targets[row])}, outside the vocabulary [0, V = {vocab}).")
-
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite; it is {temperature}.")
-        return dtype, torch.full((rows,), temperature, dtype=dtype, device=hidden.device)
-    if temperature.shape != (rows,) or not temperature.is_floating_point():
-        raise ValueError(f"temperature must be a number or a float tensor [{rows}]; it is {temperature.dtype} {list(temperature.shape)}.")
-    if temperature.requires_grad:
-        raise ValueError("temperature requires grad, but linear_logprob has no gradient for it: detach it.")
-    wrong = (~((temperature > 0) & temperature.isfinite())).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(f"temperature must be positive and finite; for row {row} it is {float(temperature[row])}.")
-    return dtype, temperature
+def _complete(
+    largest: Tensor, total: Tensor, weighted: Tensor, target: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy and logsumexp [T] from the contributions of all ranks (see `reference.forward`)."""
+    if group is not None:
+        own = largest
+        dist.all_reduce(largest := own.clone(), dist.ReduceOp.MAX, group=group)
+        shift = torch.where(own.isneginf(), 0.0, own - largest)  # a rank without rows contributes zeros
+        factor = shift.exp()
+        sums = torch.stack([factor * total, factor * (weighted + shift * total), target])
+        dist.all_reduce(sums, group=group)
+        total, weighted, target = sums
+    log_total = total.log()
+    return target - largest - log_total, log_total - weighted / total, largest + log_total
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -122,17 +111,25 @@ class _LinearLogprob(torch.autograd.Function):
         temperature: Tensor,
         chunk: int | None,
         backend: ModuleType,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            logprob, entropy, lse = backend.forward(hidden, weight, bias, targets, temperature, chunk)
+            logprob, entropy, lse = _complete(*backend.forward(hidden, weight, bias, targets, temperature, chunk), group)
         ctx.save_for_backward(hidden, weight, bias, targets, temperature, entropy, lse)
-        ctx.chunk, ctx.backend = chunk, backend
+        ctx.chunk, ctx.backend, ctx.group = chunk, backend, group
         ctx.set_materialize_grads(False)  # a result nobody used has gradient None, and its maths is skipped
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            gradients = ctx.backend.backward(*ctx.saved_tensors, dlogprob, dentropy, ctx.needs_input_grad[:3], ctx.chunk)
-        return *gradients, None, None, None, None
+        hidden, temperature = ctx.saved_tensors[0], ctx.saved_tensors[4]
+        dtype = hidden.dtype if ctx.group is None else temperature.dtype  # parts are added before they are rounded
+        with torch.autocast(hidden.device.type, enabled=False):
+            dhidden, dweight, dbias = ctx.backend.backward(
+                *ctx.saved_tensors, dlogprob, dentropy, ctx.needs_input_grad[:3], ctx.chunk, dtype
+            )
+        if ctx.group is not None and dhidden is not None:
+            dist.all_reduce(dhidden, group=ctx.group)
+            dhidden = dhidden.to(hidden.dtype)
+        return dhidden, dweight, dbias, None, None, None, None, None

@@ -21,19 +21,28 @@ BUFFER = 5 / 16
 
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob [T], entropy [T] and logsumexp [T] in the dtype of `temperature` [T], which is that of the maths."""
-    logprob, entropy, lse = (torch.empty_like(temperature) for _ in range(3))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What these rows of the vocabulary contribute, [T] each in the dtype of `temperature` [T], which is that of the maths.
+
+    `targets` counts from the first row of `weight`; one outside is another rank's. Without rows the contribution is (−∞, 0, 0, 0).
+
+    Returns:
+        largest: the largest logit z_i.
+        total: Σ_i exp(z_i − largest).
+        weighted: Σ_i exp(z_i − largest) (z_i − largest).
+        target: z_target, 0 where the target is not among these rows.
+    """
+    largest = torch.full_like(temperature, -torch.inf)
+    total, weighted, target = (torch.zeros_like(temperature) for _ in range(3))
     for rows, z, p in _chunks(len(hidden), len(weight), temperature, chunk):
         _logits_(z, hidden[rows], weight, bias, temperature[rows])
-        largest = z.amax(1, keepdim=True)
-        z.sub_(largest)
-        total = torch.exp(z, out=p).sum(1)
-        log_total = total.log()
-        logprob[rows] = z.gather(1, targets[rows, None]).squeeze(1) - log_total
-        entropy[rows] = log_total - p.mul_(z).sum(1) / total
-        lse[rows] = largest.squeeze(1) + log_total
-    return logprob, entropy, lse
+        here, index = _here(targets[rows], len(weight))
+        target[rows] = z.gather(1, index).squeeze(1) * here
+        largest[rows] = z.amax(1)
+        z.sub_(largest[rows, None])
+        total[rows] = torch.exp(z, out=p).sum(1)
+        weighted[rows] = p.mul_(z).sum(1)
+    return largest, total, weighted, target
 
 
 def backward(
@@ -48,14 +57,18 @@ def backward(
     dentropy: Tensor | None,
     needs: tuple[bool, bool, bool],
     chunk: int | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, each None unless `needs` asks for it; `dlogprob` and `dentropy` are [T], or None for zero.
+
+    `targets` as in `forward`; `entropy` and `lse` are of the whole vocabulary. The gradient of hidden is what these rows of the vocabulary
+    add to it, in `dtype`.
 
     With a = dlogprob / temperature and b = dentropy / temperature, the logits before the temperature get
     −p_i (a + b (log p_i + entropy)) + a [i = target].
     """
     needs_hidden, needs_weight, needs_bias = needs
-    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
+    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs_hidden else None
     dweight = torch.zeros(weight.shape, dtype=temperature.dtype, device=weight.device) if needs_weight else None
     dbias = torch.zeros(len(weight), dtype=temperature.dtype, device=weight.device) if needs_bias else None
     a = torch.zeros_like(temperature) if dlogprob is None else dlogprob / temperature
@@ -70,7 +83,8 @@ def backward(
         else:
             torch.exp(z, out=p)
             z.mul_(-b[rows, None]).sub_(c[rows, None]).mul_(p)
-        z[torch.arange(len(z), device=z.device), targets[rows]] += a[rows]
+        here, index = _here(targets[rows], len(weight))
+        z.scatter_add_(1, index, (a[rows] * here)[:, None])
 
         if dhidden is not None:
             dchunk = torch.zeros(len(z), hidden.shape[1], dtype=z.dtype, device=z.device)
@@ -91,6 +105,8 @@ def backward(
 
 def _chunks(rows: int, vocab: int, like: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices of rows, sizes within one of each other, and for each two [size, V] buffers, the same memory every time."""
+    if vocab == 0:
+        return
     chunk = chunk or max(CHUNK_ROWS, CHUNK_BYTES // (vocab * like.element_size()))
     held = min(max(1, int(chunk * BUFFER)), rows)
     count = -(-rows // held) if rows else 0
@@ -98,6 +114,11 @@ def _chunks(rows: int, vocab: int, like: Tensor, chunk: int | None) -> Iterator[
     for i in range(count):
         start, stop = rows * i // count, rows * (i + 1) // count
         yield slice(start, stop), z[: stop - start], p[: stop - start]
+
+
+def _here(targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """bool [rows]: the target is one of these `vocab` rows; and int64 [rows, 1], where it is then, anywhere else."""
+    return (targets >= 0) & (targets < vocab), targets.clamp(0, vocab - 1)[:, None]
 
 
 def _logits_(z: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> None:

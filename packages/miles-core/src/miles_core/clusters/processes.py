@@ -1,0 +1,179 @@
+"""``cluster: processes``: ranks on this machine, forked from a process that imported the worker's module once.
+
+Nothing is fixed that two runs could fight over: ranks are reached over socket pairs, and meet each other through a file in a directory of
+their own. They end when this process does, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from ..protocols import BuildContext
+from ..waiting import in_daemon_thread
+from . import ProcessesConfig
+from .exchange import Exchange
+from .fork_server import ForkServer
+
+
+class Processes:
+    """See ``Cluster``. One server process for each worker module, kept until ``close``."""
+
+    def __init__(self, config: ProcessesConfig, context: BuildContext) -> None:
+        self._threads = config.threads
+        self._servers: dict[str, ForkServer] = {}
+        self._groups: list[LocalRanks] = []
+        self._lock = threading.Lock()
+
+    async def start(self, worker: str, size: int, arguments: Sequence[tuple], *, name: str, log_dir: Path, seconds: float) -> LocalRanks:
+        """See ``Cluster.start``."""
+        group = LocalRanks(name, size, [log_dir.resolve() / f"{name}-rank-{rank}.log" for rank in range(size)])
+        self._groups.append(group)
+        try:
+            await in_daemon_thread(self._start, group, worker, list(arguments), time.monotonic() + seconds, seconds)
+        except BaseException:
+            group.give_up()
+            raise
+        return group
+
+    def _start(self, group: LocalRanks, worker: str, arguments: list[tuple], end: float, seconds: float) -> None:
+        module = worker.partition(":")[0]
+        group.logs[0].parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            server = self._servers.get(module)
+            if server is None or not server.alive:
+                server = self._servers[module] = ForkServer(module, self._threads, group.logs[0].parent / f"{group.name}-import.log")
+        server.load(module, end, seconds)
+        group.launch(server, worker, arguments, end, seconds)
+
+    async def close(self) -> None:
+        """See ``Cluster.close``."""
+        for group in self._groups:
+            await group.close()
+        for server in self._servers.values():
+            await asyncio.to_thread(server.close)
+        self._groups, self._servers = [], {}
+
+
+class LocalRanks:
+    """See ``Ranks``.
+
+    Attributes:
+        name: For errors.
+        size: Number of ranks.
+        logs: What each rank prints.
+    """
+
+    def __init__(self, name: str, size: int, logs: list[Path]) -> None:
+        self.name, self.size, self.logs = name, size, logs
+        self.connections: list[socket.socket] = []
+        self.server: ForkServer | None = None
+        self.number = -1
+        self._busy = threading.Lock()
+        self._open: Exchange | None = None  # a stream between two items
+        self.ended: str | None = None
+        self._given_up = False
+
+    # ---- what a controller calls
+
+    async def call(self, method: str, arguments: Sequence[tuple], *, seconds: float, what: str) -> list[Any]:
+        """See ``Ranks.call``."""
+        return await in_daemon_thread(self._call, "call", method, list(arguments), time.monotonic() + seconds, seconds, what)
+
+    def stream(self, method: str, arguments: Sequence[tuple], *, seconds: float, what: str) -> Iterator[Any]:
+        """See ``Ranks.stream``."""
+        modes = ["stream", *["drop"] * (self.size - 1)]
+        requests = [(mode, method, a) for mode, a in zip(modes, arguments, strict=True)]
+        exchange = Exchange(self, method, 0.0, seconds, what)
+        began = False
+        try:
+            while True:
+                with self._in_turn(exchange, resumes=began):
+                    if not began:
+                        exchange.send(requests)
+                        began = True
+                    item = exchange.next_item()
+                    if item is None:
+                        exchange.finish()
+                        return
+                    exchange.answer("next")  # rank 0 makes one more while this one is used
+                    self._open = exchange
+                yield item[0]
+        finally:
+            if self._open is exchange and self.ended is None:
+                with self._in_turn(exchange, resumes=True):
+                    exchange.drain()
+
+    async def close(self) -> None:
+        """See ``Ranks.close``."""
+        await asyncio.to_thread(self.end, f"the ranks of {self.name} were closed")
+
+    # ---- what the cluster and exchanges call
+
+    def launch(self, server: ForkServer, worker: str, arguments: list[tuple], end: float, seconds: float) -> None:
+        """Fork the ranks and build the worker on each."""
+        self.server = server
+        pairs = [socket.socketpair() for _ in range(self.size)]
+        self.connections = [ours for ours, _ in pairs]
+        self.number = server.fork([str(log) for log in self.logs], [theirs for _, theirs in pairs], end, seconds)
+        if self._given_up:
+            self.end(f"the start of {self.name} was given up")
+        self._call("build", worker, arguments, end, seconds, "the ranks to get ready")
+        if self._given_up:
+            self.end(f"the start of {self.name} was given up")
+
+    def give_up(self) -> None:
+        """The start failed or is not waited for any more: end what there is, now or as soon as there is something."""
+        self._given_up = True
+        if self.number >= 0:
+            self.end(f"the start of {self.name} was given up")
+
+    def end(self, why: str, dying: Sequence[int] = ()) -> list[int]:
+        """End the processes; later calls say why. Returns their exit statuses, those of ``dying`` ranks as they ended by themselves."""
+        if self.ended is not None:
+            return []
+        self.ended = why
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for it; close alone would not
+            connection.close()
+        return self.server.end(self.number, list(dying)) if self.server is not None and self.number >= 0 else []
+
+    def _call(self, mode: str, method: str, arguments: list[tuple], end: float, seconds: float, what: str) -> list[Any]:
+        exchange = Exchange(self, method, end, seconds, what)
+        with self._in_turn(exchange, end):
+            exchange.send([(mode, method, a) for a in arguments])
+            return exchange.finish()
+
+    @contextlib.contextmanager
+    def _in_turn(self, exchange: Exchange, end: float | None = None, *, resumes: bool = False) -> Generator[None]:
+        """Wait until no other exchange runs, and go through the rest of a stream that somebody left half way.
+
+        Args:
+            exchange: Whose turn it is to be.
+            end: Its deadline; None: its ``seconds`` from now on.
+            resumes: Whether it is such a stream itself.
+        """
+        exchange.end = time.monotonic() + exchange.seconds if end is None else end
+        asked = f"{exchange.what} ({exchange.method})"
+        if not self._busy.acquire(timeout=max(exchange.end - time.monotonic(), 0)):
+            raise RunError(f"{self.name} waited {exchange.seconds:g} s for {asked}: an earlier call to its ranks is not done yet")
+        try:
+            if self.ended is not None:
+                raise RunError(f"{self.name} cannot be asked for {asked}: its ranks were ended before. {self.ended}")
+            left, self._open = self._open, None
+            if resumes and left is not exchange:
+                raise RunError(f"{self.name} cannot go on with {asked}: a later call took its place")
+            if left is not None and left is not exchange:
+                left.end = exchange.end
+                left.drain()
+            yield
+        finally:
+            self._busy.release()
