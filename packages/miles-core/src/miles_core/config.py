@@ -187,10 +187,20 @@ class RunConfig(Tree):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def fingerprint(self) -> str:
-        """Hash of what a run computes; who watches, how often and how long it may take can change between lives of a run."""
-        gates = {"__all__": {"trainer": {"gates"}}}  # a run that a gate stopped may go on with a wider one
+        """Hash of what a run computes; who watches, where, how often and how long it may take can change between lives of a run."""
+        where = {
+            "urls",
+            "key_variable",
+            "servers",
+            "interpreter",
+            "environment",
+            "boot_timeout_s",
+            "generate_timeout_s",
+            "control_timeout_s",
+        }
+        gates = {"__all__": {"trainer": {"gates"}, "engine": where}}  # a run that a gate stopped may go on with a wider one
         how_long = {"rewards": {"__all__": {"timeout_s"}}, "deadlines": True, "every": True, "models": gates}
-        aside = dict.fromkeys(("runs_dir", "trackers", "hooks", "keep_checkpoints", "import_from", "import_modules"), True)
+        aside = dict.fromkeys(("runs_dir", "cluster", "trackers", "hooks", "keep_checkpoints", "import_from", "import_modules"), True)
         data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
         return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()
 

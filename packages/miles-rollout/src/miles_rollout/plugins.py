@@ -72,8 +72,10 @@ class SglangEngineConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _started_or_reached(self) -> Self:
-        if self.urls and (set_in_vain := self.model_fields_set & {"servers", "interpreter", "environment", "arguments", "boot_timeout_s"}):
-            raise ValueError(f"servers at urls are not started here; leave {', '.join(sorted(set_in_vain))} out")
+        of_a_start = ("servers", "interpreter", "environment", "arguments", "boot_timeout_s")
+        defaults = type(self).model_fields
+        if self.urls and (in_vain := [n for n in of_a_start if getattr(self, n) != defaults[n].get_default(call_default_factory=True)]):
+            raise ValueError(f"servers at urls are not started here; leave {', '.join(in_vain)} out")
         if self.key_variable is not None and not self.urls:
             raise ValueError("key_variable is for servers at urls; those started here get a key of their own")
         return self
