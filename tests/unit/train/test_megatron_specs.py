@@ -165,8 +165,10 @@ class _Entry:
 def test_a_table_from_another_package(monkeypatch: pytest.MonkeyPatch):
     spec = ModelSpec("Other", QWEN3.fields, QWEN3.ignored, QWEN3.constants, QWEN3.sizes, QWEN3.weights)
 
+    ours = list(metadata.entry_points(group="miles.model_spec"))
+
     def installed(load: Callable[[], Any]) -> None:
-        monkeypatch.setattr(metadata, "entry_points", lambda group: [_Entry(load)] if group == "miles.model_spec" else [])
+        monkeypatch.setattr(metadata, "entry_points", lambda group: [*ours, _Entry(load)] if group == "miles.model_spec" else [])
 
     other = DENSE | {"architectures": ["Other"]}
     installed(lambda: spec)

@@ -214,26 +214,23 @@ def normalised(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
-    """The table of ``architectures[0]``: a built-in, or an entry point of the group ``miles.model_spec`` by that name.
+    """The table of ``architectures[0]``: the entry point of the group ``miles.model_spec`` by that name.
 
     Raises:
         ConfigError: The architecture is unknown, or the config asks for something that the table does not know.
     """
-    from .qwen3 import QWEN3, QWEN3_MOE  # tables made of the classes above
-
-    built_in = {spec.architecture: spec for spec in (QWEN3, QWEN3_MOE)}
     architectures = hf_config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError("config.json has no architectures; its first entry says which table of the megatron trainer is used")
     name = architectures[0]
-    added = {entry.name: entry for entry in metadata.entry_points(group="miles.model_spec")}
-    if name not in built_in and name not in added:
+    known = {entry.name: entry for entry in metadata.entry_points(group="miles.model_spec")}
+    if name not in known:
         raise ConfigError(
             f"config.json: architectures says {name!r}, for which the megatron trainer has no table; known are "
-            f"{', '.join(sorted({*built_in, *added}))}. Add one: a miles_train.megatron.specs.ModelSpec, registered as entry point "
+            f"{', '.join(sorted(known))}. Add one: a miles_train.megatron.specs.ModelSpec, registered as entry point "
             f"{name!r} in the group miles.model_spec; or use trainer: torch"
         )
-    spec = built_in[name] if name in built_in else _loaded(added[name])
+    spec = _loaded(known[name])
     spec.transformer(hf_config)
     return spec
 

@@ -117,17 +117,20 @@ def read(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model that a transformers Auto class reads, and the names of weights that are not in the checkpoint.
 
-    transformers' own report of them is not printed: who calls refuses them, or knows why they are missing.
+    transformers' own report of them is not printed: who calls refuses them, or knows why they are missing. Nor is what it says of
+    tensor parallelism, which it is not asked for.
     """
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         model, info = auto_class.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True, **fields
         )
     finally:
-        report.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     return model.to(device).eval(), set(info["missing_keys"])
 
 
