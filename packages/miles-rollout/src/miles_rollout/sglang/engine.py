@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,11 +21,11 @@ from ..local.stops import Stops
 from ..plugins import SglangEngineConfig
 from ..requests import check_request
 from .answers import Generated, ServerInfo
-from .client import Deadlines, SglangClient
+from .client import SglangClient
 from .continuation import Continuation
 from .environment import find
-from .probe import SGLANG
-from .server import Launch, ServerProcess
+from .server import ServerProcess
+from .servers import Server, Setup
 from .shape import ModelShape
 from .updates import send_weights
 
@@ -34,30 +33,6 @@ T = TypeVar("T")
 
 INTERRUPT_SECONDS = 0.2
 """How long a server may take to hand back what is aborted before it is told again; a request may have been on its way to it."""
-
-LIVENESS_SECONDS = 10.0
-"""Deadline of a server that failed to say that it is there."""
-
-
-@dataclass(eq=False)
-class Server:
-    """One of the engine's servers.
-
-    Attributes:
-        name: For messages.
-        client: Calls it.
-        process: Runs it; None if it was not started here.
-        ranks: Tensor-parallel ranks it has.
-    """
-
-    name: str
-    client: SglangClient
-    process: ServerProcess | None
-    ranks: int = 1
-
-    async def gone(self) -> bool:
-        """Whether it ended, or does not say that it is there."""
-        return (self.process is not None and not self.process.alive()) or not await self.client.alive(LIVENESS_SECONDS)
 
 
 class SglangEngine:
@@ -101,14 +76,15 @@ class SglangEngine:
         """Read what the model is like, boot or reach all servers at once, and see that they fit it and each other; see RolloutEngine."""
         self._model = await asyncio.to_thread(ModelShape.read, self._model_path)
         self._stops = Stops(self._context.tokenizer, frozenset(), self._model.vocab_size)
+        setup = Setup(self._config, self._context, self._model_path, self._model, self._dtype)
         if self._config.urls:
             key = os.environ[self._config.key_variable] if self._config.key_variable else None
-            servers = [self._reach(i, url, key) for i, url in enumerate(self._config.urls)]
+            servers = [setup.reach(i, url, key) for i, url in enumerate(self._config.urls)]
         else:
             interpreter = Path(self._config.interpreter) if self._config.interpreter else await asyncio.to_thread(find, "sglang-cpu")
-            servers = await gather(self._boot(i, interpreter) for i in range(self._config.servers))
+            servers = await gather(setup.boot(i, interpreter, self._processes) for i in range(self._config.servers))
         self._servers, self._fleet = servers, Fleet(servers)
-        infos = await gather(self._inspect(server) for server in servers)
+        infos = await gather(setup.inspect(server) for server in servers)
         self.max_length = _max_length(self._config.max_length, infos)
         await self.checksum()
         self._unusable = None
@@ -128,66 +104,6 @@ class SglangEngine:
         failures = [r for r in await asyncio.gather(*closed, return_exceptions=True) if isinstance(r, BaseException)]
         if failures:
             raise failures[0]
-
-    def _reach(self, index: int, url: str, key: str | None) -> Server:
-        name = f"SGLang server {index} ({url})"
-        return Server(name, self._client(name, url, key, lambda: "Its log is where it was started."), None)
-
-    async def _boot(self, index: int, interpreter: Path) -> Server:
-        launch = Launch(
-            interpreter=interpreter,
-            model_path=self._model_path,
-            dtype=self._dtype,
-            device=self._context.device,
-            arguments={"sampling_mask_max_tokens": self._model.vocab_size, **self._config.arguments},
-            environment=self._config.environment,
-            log=self._context.run_dir / "logs" / f"sglang-{self._context.model or 'model'}-{index}.log",
-            boot_seconds=self._config.boot_timeout_s,
-        )
-        process = ServerProcess(launch)
-        self._processes.append(process)
-        await process.start()
-        name = f"SGLang server {index} ({process.url})"
-        return Server(name, self._client(name, process.url, process.token, lambda: _log_of(process)), process)
-
-    def _client(self, name: str, url: str, key: str | None, log: Callable[[], str]) -> SglangClient:
-        deadlines = Deadlines(self._config.generate_timeout_s, self._config.control_timeout_s)
-        return SglangClient(name, url, key, self._model, deadlines, log)
-
-    async def _inspect(self, server: Server) -> ServerInfo:
-        """See that a server is what we need, and give its weights version 0."""
-        info = await _started(server.client.info())
-        if info.release != SGLANG:
-            raise ConfigError(f"{server.name} is SGLang {info.release}; Miles speaks to {SGLANG}")
-        if info.dtype not in (self._dtype, "auto"):
-            raise ConfigError(f"{server.name} serves {info.dtype} weights, the engine's dtype is {self._dtype}; make them the same")
-        if self._model.moe_layers and not info.records_routing:
-            raise ConfigError(f"{server.name} does not record routed experts; start it with --enable-return-routed-experts")
-        _, held = await _started(server.client.checksum())
-        self._check_layers(server, held)
-        self._check_output(server, held)
-        await _started(server.client.set_version(0))
-        server.ranks = info.ranks
-        return info
-
-    def _check_output(self, server: Server, held: Mapping[str, str]) -> None:
-        """SGLang gives some models an output projection of their own although it is the embedding; it stays as it was drawn."""
-        own = held.get("lm_head.weight")
-        if self._model.tied and own is not None and own != held.get("model.embed_tokens.weight"):
-            raise ConfigError(
-                f"{self._model_path}/config.json ties the output projection to the embedding, but {server.name} has one of its own, which "
-                f"no checkpoint fills: SGLang {SGLANG} does not run this model as it was made. Set tie_word_embeddings: false in a model "
-                "built from scratch, else use another engine for it."
-            )
-
-    def _check_layers(self, server: Server, names: Iterable[str]) -> None:
-        """SGLang builds experts into every layer of some models, whatever their config says; such a model's numbers are wrong."""
-        held = {int(part) for name in names if ".experts." in name for part in name.split(".") if part.isdecimal()}
-        if held != set(self._model.moe_layers):
-            raise ConfigError(
-                f"{server.name} has experts in layers {sorted(held)}, where {self._model_path}/config.json declares them in "
-                f"{list(self._model.moe_layers)}: SGLang {SGLANG} does not run this model as it was made. Use another engine for it."
-            )
 
     # ---- generation ---------------------------------------------------------------------------------------------------
 
@@ -384,14 +300,6 @@ async def _expect_version(client: SglangClient, version: int) -> None:
         raise RunError(f"{client.name} says that it serves version {held} of the weights after version {version} was published")
 
 
-async def _started(call: Awaitable[T]) -> T:
-    """A call without which nothing goes on: who does not answer it is no matter of one trajectory."""
-    try:
-        return await call
-    except InfrastructureFailure as failure:
-        raise RunError(str(failure)) from failure
-
-
 def _max_length(asked: int | None, infos: list[ServerInfo]) -> int:
     least = min(info.max_length for info in infos)
     if asked is not None and asked > least:
@@ -400,10 +308,3 @@ def _max_length(asked: int | None, infos: list[ServerInfo]) -> int:
             "more than --max-total-tokens; lower the one or raise the other"
         )
     return asked or least
-
-
-def _log_of(process: ServerProcess) -> str:
-    """What an error says of a server that was started here."""
-    if not process.alive():
-        return process.describe_death()
-    return f"The end of its log, {process.launch.log}:\n{process.log_tail(8)}"
