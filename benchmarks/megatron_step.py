@@ -146,6 +146,12 @@ def batch_of(args: argparse.Namespace) -> Batch:
     return batch.with_columns({"advantages": np.ones(batch.n_rows, np.float32)})
 
 
+async def asked(ours: Any, method: str, arguments: list[tuple], what: str) -> list[Any]:
+    """A call of the trainer's ranks, with a deadline of its own."""
+    ours._within_deadline()
+    return await ours._call(method, arguments, what)
+
+
 def build(path: Path, run_dir: Path, cluster: Any, args: argparse.Namespace, layout: dict[str, int]) -> Any:
     """The trainer as a run builds it."""
     from miles_core.assembly import build_trainer
@@ -181,7 +187,7 @@ async def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[f
     try:
         await ours.start()
         cut = trainer.Cut.of(batch, ours.layout, np.arange(len(batch)), args.micro_batch_tokens)
-        await ours._call("prepare", cut.for_ranks(tuple(batch.columns), ()), "the bare loop")
+        await asked(ours, "prepare", cut.for_ranks(tuple(batch.columns), ()), "the bare loop")
         loop = asyncio.get_running_loop()
 
         def timed(step: Callable[[], Any]) -> Callable[[], float]:
@@ -193,7 +199,7 @@ async def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[f
             return run
 
         def bare(cross_entropy: bool) -> Callable[[], Any]:
-            return lambda: ours._call("bare", [(cross_entropy,)] * ours.layout.world_size, "a bare step")
+            return lambda: asked(ours, "bare", [(cross_entropy,)] * ours.layout.world_size, "a bare step")
 
         expected = (await ours.step(batch)).metrics["loss"]
         reporting = [
@@ -229,7 +235,8 @@ def main() -> int:
         result[f"ratio_to_{name}"] = round(median_ratio(seconds["miles"], seconds[name]), 3)
         times = [summary(seconds[n])["median"] for n in ("miles", name)]
         print(f"ours / {name}: {result[f'ratio_to_{name}']:.3f} ({times[0]:.2f} s / {times[1]:.2f} s)")
-    path = write_result("megatron_step", result, ("torch", "megatron-core", "miles-train"))
+    name = f"megatron_step_{args.model}" + "".join(f"_{part.replace('=', '')}" for part in args.layout.split(",") if part)
+    path = write_result(name, result, ("torch", "megatron-core", "miles-train"))
     print(f"written to {path.relative_to(ROOT)}")
     return 0 if result["ratio_to_bare"] <= BOUND else 1
 

@@ -61,7 +61,7 @@ def test_a_few_steps(miles: Any, attached: list[str]):
     for row in rows:
         assert row["mismatch/mean_abs"] < 5e-5 and row["mismatch/ess"] > 0.999
         assert row["routing/replayed"] > 0.5
-        assert row["publish/bytes"] > 100_000
+        assert row["publish/bytes"] > 100_000 and row["publish/verified"] == 1
     samples = load_samples("runs/mini-moe/trajectories/step-000003.safetensors")
     for sample in samples:
         sample.validate(vocab_size=22)

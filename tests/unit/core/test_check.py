@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
 import pytest
+from fixtures.training import COMMON
 
-from miles_core.check import check
+from miles_core.check import check, missing
 from miles_core.config import RunConfig
 from miles_core.errors import ConfigError
 from miles_core.plugins import PluginConfig
@@ -85,6 +87,14 @@ GOOD = {
 
 def problems(changes=None, stage="main"):
     """What check says of GOOD with ``{"a.b": value}`` set; a value of ``...`` takes the key out."""
+    try:
+        check(RunConfig.model_validate(recipe(changes, stage)))
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def recipe(changes=None, stage="main"):
     tree = copy.deepcopy(GOOD)
     for path, value in (changes or {}).items():
         *way, last = path.split(".")
@@ -95,11 +105,7 @@ def problems(changes=None, stage="main"):
             node.pop(last)
         else:
             node[last] = value
-    try:
-        check(RunConfig.model_validate({"name": "x", "trackers": {}, "stages": {stage: tree}}))
-    except ConfigError as error:
-        return str(error).splitlines()
-    return []
+    return {"name": "x", "trackers": {}, "stages": {stage: tree}}
 
 
 def test_a_good_recipe_is_good():
@@ -253,6 +259,111 @@ class World: ...
 def test_greedy_evaluation_is_allowed():
     held_out = {"use": "sampled", "data": HERE + "rows", "sampling": {"max_tokens": 8, "temperature": 0}}
     assert problems({"evaluators.held_out": held_out}) == []
+
+
+# The megatron trainer
+
+
+def megatron(**options):
+    return {"use": "megatron", **options}
+
+
+THIRDS = {"models.policy.trainer": megatron(parallel={"tensor": 3})}
+UNEVEN = "3 tensor-parallel ranks cannot share 4 attention heads evenly; choose a tensor-parallel size that divides 4"
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    **COMMON,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
+def test_megatrons_layout_must_divide_a_model_that_is_built_from_scratch():
+    scratch = {"models.policy.path": ..., "models.policy.tokenizer": {"kind": "words", "words": ["a"]}}
+    config = {"model_type": "qwen3", "num_attention_heads": 4, "num_hidden_layers": 3, "num_experts": 6}
+    changes = scratch | {"models.policy.config": config}
+    assert problems(changes | THIRDS) == [f"stage main: model policy: trainer 'megatron': {UNEVEN}"]
+    assert problems(changes | {"models.policy.trainer": megatron(parallel={"tensor": 2, "expert": 2})}) == []
+    (said,) = problems(changes | {"models.policy.trainer": megatron(parallel={"data": 2, "expert": 3})})
+    assert "3 expert-parallel ranks do not divide the tensor × context × data = 2 ranks" in said
+
+
+def test_megatrons_layout_must_divide_the_model_at_a_path(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    changes = {"models.policy.path": str(tmp_path)}
+    uneven, heads = problems(changes | THIRDS)
+    assert uneven == f"stage main: model policy: trainer 'megatron': {UNEVEN}"
+    assert "3 tensor-parallel ranks cannot share 2 key/value heads" in heads
+    assert problems(changes | {"models.policy.trainer": megatron(parallel={"tensor": 2})}) == []
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (said,) = problems(changes | {"models.policy.trainer": megatron()})
+    assert "LlamaForCausalLM" in said and "known are" in said
+
+
+def test_megatron_trains_no_critic():
+    (said,) = problems({"models.critic": VALUE_CRITIC | {"trainer": megatron()}, "models.policy.advantage": "gae"})
+    assert said == "stage main: model critic: trainer 'megatron': it has no scalar head yet, which a critic needs; use trainer: torch"
+
+
+def test_another_megatron_core_is_found_before_anything_is_built(monkeypatch):
+    config, installed = RunConfig.model_validate(recipe({"models.policy.trainer": megatron()})), {}
+    monkeypatch.setattr("importlib.metadata.version", installed.__getitem__)
+    installed["megatron-core"] = "0.16.1"
+    assert missing(config) == []
+    installed["megatron-core"] = "0.17.0"
+    expected = "megatron-core is 0.17.0, Miles knows 0.16.1; pip install megatron-core==0.16.1"
+    assert missing(config) == [f"trainer 'megatron': {expected}"]
+
+
+@pytest.mark.parametrize("use", ["megatron", "torch"])
+def test_there_is_nothing_to_compare_without_replay(use):
+    with pytest.raises(ConfigError, match=r"models\.policy\.trainer.*compare_routing compares .*set routing_replay: true"):
+        RunConfig.from_mapping(recipe({"models.policy.trainer": {"use": use, "compare_routing": True, "routing_replay": False}}))
+
+
+# The SGLang engine
+
+LOCAL = "http://127.0.0.1:30000"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"arguments": {"port": 30000}}, "argument 'port' cannot be given: Miles sets"),
+        ({"arguments": {"api-key": "secret"}}, "argument 'api-key' cannot be given"),
+        ({"urls": ["127.0.0.1:30000"]}, "'127.0.0.1:30000' is no address of a server; expected e.g."),
+        ({"urls": ["http://127.0.0.1"]}, "is no address of a server"),
+        ({"urls": ["http://127.0.0.1:70000"]}, "is no address of a server"),
+        ({"urls": ["http://:30000"]}, "is no address of a server"),
+        ({"urls": [LOCAL, LOCAL + "/"]}, "a server is named twice"),
+        ({"urls": [LOCAL, "http://10.0.0.2:30000"]}, r"http://10.0.0.2:30000 is not on this machine; .* set key_variable"),
+        ({"urls": [LOCAL], "servers": 2}, "servers at urls are not started here; leave servers out"),
+        ({"key_variable": "KEY"}, "key_variable is for servers at urls"),
+    ],
+)
+def test_options_of_the_sglang_engine_that_cannot_work(options, expected):
+    with pytest.raises(ConfigError, match=rf"models\.policy\.engine.*{expected}"):
+        RunConfig.from_mapping(recipe(sglang(**options)))
+
+
+def sglang(**options):
+    return {"models.policy.engine": {"use": "sglang", **options}}
+
+
+@pytest.mark.parametrize("options", [{"urls": [LOCAL, "http://localhost:30001"]}, {"urls": ["https://other:443"], "key_variable": "KEY"}])
+def test_servers_that_run_already_need_nothing_here(options):
+    config = RunConfig.from_mapping(recipe(sglang(**options)))
+    assert missing(config) == []
+
+
+def test_an_interpreter_without_sglang_is_found_before_anything_is_built(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("""#!/bin/sh\necho '{"python": "3.12.0", "sglang": null, "torch": "2.9.1", "transformers": "5.0"}'\n""")
+    interpreter.chmod(0o755)
+    (said,) = missing(RunConfig.from_mapping(recipe(sglang(interpreter=str(interpreter)))))
+    assert said.startswith(f"rollout_engine 'sglang': SGLang's interpreter {interpreter} has no sglang. ")
 
 
 def test_all_problems_are_said_at_once():

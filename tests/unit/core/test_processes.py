@@ -19,7 +19,7 @@ import pytest_asyncio
 from miles_core.clusters import ProcessesConfig
 from miles_core.clusters.exchange import RankTraceback
 from miles_core.clusters.processes import LocalRanks, Processes
-from miles_core.errors import DataError, PluginError, RunError, StepRefused
+from miles_core.errors import DataError, PluginError, RanksLost, RunError, StepRefused
 from miles_core.protocols import BuildContext
 
 WORKER = '''
@@ -68,6 +68,11 @@ class Worker:
         if self.place.rank == rank:
             print("not ill, only asleep", flush=True)
             time.sleep(600)
+
+    def stalls(self):
+        yield "the first"
+        print("not ill, only asleep", flush=True)
+        time.sleep(600)
 
     def unsendable(self):
         return lambda: None
@@ -316,6 +321,70 @@ async def test_a_start_that_is_given_up_leaves_nothing(start: Start, cluster: Pr
         await task
     await cluster.close()
     wait_until_gone(list(children() - before))
+
+
+# Closing
+
+
+async def until_asleep(log: Path) -> None:
+    """Until a rank is in the middle of what it does not come out of."""
+    end = time.monotonic() + 30
+    while "asleep" not in log.read_text():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+async def test_closing_wakes_who_waits_for_an_answer(start: Start, tmp_path: Path):
+    """And who waits for his turn; neither waits until his deadline."""
+    ranks = await start(2)
+    waiting = asyncio.create_task(call(ranks, "hangs", 0))
+    await until_asleep(tmp_path / "logs/model-rank-0.log")
+    behind = asyncio.create_task(call(ranks, "whoami", ""))
+    await asyncio.sleep(0)
+    await ranks.close()
+    with pytest.raises(RanksLost) as woken:
+        await waiting
+    assert "30 s" not in str(woken.value)  # the deadline of the call
+    for late in (behind, call(ranks, "whoami", "")):
+        with pytest.raises(
+            RanksLost, match=r"asked for an answer \(whoami\): its ranks were ended before\. the ranks of model were closed"
+        ):
+            await late
+
+
+async def test_closing_wakes_who_waits_for_the_next_item(start: Start, tmp_path: Path):
+    ranks = await start(2)
+    items = ranks.stream("stalls", [()] * 2, seconds=30, what="words")
+    assert await asyncio.to_thread(next, items) == "the first"
+    waiting = asyncio.create_task(asyncio.to_thread(next, items))
+    await until_asleep(tmp_path / "logs/model-rank-0.log")
+    await ranks.close()
+    with pytest.raises(RanksLost) as woken:
+        await waiting
+    assert "30 s" not in str(woken.value)
+
+
+BLOCKED = """
+from pathlib import Path
+(Path(__file__).parent / "begun").touch()
+(Path(__file__).parent / "pipe").read_text()  # until somebody writes, which nobody does
+"""
+
+
+async def test_closing_does_not_wait_for_an_import(cluster: Processes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    before = children()
+    (tmp_path / "blocked_worker.py").write_text(BLOCKED)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.syspath_prepend(tmp_path)
+    starting = asyncio.create_task(cluster.start("blocked_worker:Worker", 1, [()], name="model", log_dir=tmp_path, seconds=120))
+    end = time.monotonic() + 30
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(cluster.close(), 15)
+    with pytest.raises(RunError, match=r"the process that forks the ranks of blocked_worker is gone; its log is .*model-import.log"):
+        await starting
+    assert children() <= before
 
 
 # Streams

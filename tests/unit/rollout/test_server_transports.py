@@ -96,15 +96,15 @@ async def test_by_value_and_from_disk_must_agree(spoil: Any, tiny: Any, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("every, loads", [(0, [1, 1, 1, 1, 1]), (1, [1, 2, 3, 4, 5]), (2, [1, 1, 2, 2, 3])])
-async def test_verified_at_the_first_and_every_so_many(every: int, loads: list[int], tiny: Any, tmp_path: Path):
+@pytest.mark.parametrize("every, loads", [(0, [0, 0, 0, 0, 0]), (1, [1, 2, 3, 4, 5]), (2, [1, 2, 3, 3, 4]), (3, [1, 2, 2, 3, 3])])
+async def test_verified_at_the_first_two_and_every_so_many(every: int, loads: list[int], tiny: Any, tmp_path: Path):
     sink, publisher = Sink(), transport("tensor", tiny, tmp_path, verify_every=every)
-    seen = []
+    seen = [0]
     for version in range(5):
         metrics = await publisher.publish(Source(), [sink], version)
         seen.append(sink.loads)
-        assert metrics["verified"] == (len(seen) == 1 or seen[-1] > seen[-2])
-    assert seen == loads
+        assert metrics["verified"] == seen[-1] - seen[-2]
+    assert seen[1:] == loads
 
 
 # ---- what goes over the wire ------------------------------------------------------------------------------------------
@@ -203,6 +203,48 @@ async def test_running_requests_are_taken_back_and_go_on(tiny: Any):
     asked = [body for path, body in fake.seen if path == "/generate"]
     assert [body["input_ids"] for body in asked] == [[1, 2, 4], [1, 2, 4, 3, 3]]
     assert asked[1]["sampling_params"]["max_new_tokens"] == 4
+
+
+async def test_a_generation_asked_for_while_weights_change_waits_for_the_last_of_them(tiny: Any):
+    """Two updates one after the other: when it hears that the first is done, the second has begun."""
+    fake = FakeServer()
+    generations: list[asyncio.Task[Any]] = []
+
+    def ask(body: Any, usual: Any) -> Any:
+        if not generations:
+            generations.append(asyncio.create_task(engine.generate(request())))
+        return usual
+
+    async with serving(tiny, fake) as engine:
+        fake.overrides["/update_weight_version"] = ask
+        for version in (1, 2):
+            await engine.update_weights(weights_of(tiny).items(), version)
+        result = await generations[0]
+    assert result.versions.tolist() == [2] * 4 and len(result.tokens) == 4
+    calls = [path for path in fake.paths() if path in ("/generate", "/continue_generation")]
+    assert calls == ["/continue_generation", "/continue_generation", "/generate"]
+
+
+@pytest.mark.parametrize("end", ["end of text", "stop token"])
+async def test_a_request_that_is_taken_back_at_its_end_ends_there(end: str, tiny: Any):
+    """Its server says "abort", though the last token it sampled is one that ends a generation."""
+    fake = FakeServer()
+    last = tiny.tokenizer.eos_token_id if end == "end of text" else 5
+    asked = request(n=6) if end == "end of text" else request(n=6, stop_token_ids=(last,))
+
+    def ended(body: Any, usual: Any) -> Any:
+        fake.abortable = False
+        return {"output_ids": [3, last], "meta_info": usual["meta_info"] | {"output_token_logprobs": [[-1.0, 3, None], [-2.0, last, None]]}}
+
+    async with serving(tiny, fake) as engine:
+        fake.abortable = True
+        fake.overrides["/generate"] = ended
+        generation = asyncio.create_task(engine.generate(asked))
+        await fake.arrived.wait()
+        await engine.update_weights(weights_of(tiny).items(), 1)
+        result = await generation
+    assert result.tokens.tolist() == [3, last] and result.finish == "stop" and result.versions.tolist() == [0, 0]
+    assert fake.paths().count("/generate") == 1
 
 
 async def test_a_stop_text_ends_a_generation_however_it_is_written(tiny: Any):
@@ -366,6 +408,20 @@ async def test_a_fault_of_a_living_server_costs_the_request_alone(tiny: Any):
             await engine.generate(request())
         fake.overrides.clear()
         assert len((await engine.generate(request())).tokens) == 4
+
+
+async def test_a_server_that_is_silent_in_a_generation_is_lost(tiny: Any):
+    """Though it says that it is there: its scheduler hangs."""
+    fakes = FakeServer(), FakeServer()
+    async with serving(tiny, *fakes, generate_timeout_s=0.5) as engine:
+        fakes[0].overrides["/generate"] = SILENCE
+        with pytest.raises(InfrastructureFailure, match=r"SGLang server 0 .* did not answer /generate within 0.5 s"):
+            await engine.generate(request())
+        fakes[0].seen.clear()
+        for _ in range(2):
+            assert len((await engine.generate(request())).tokens) == 4
+        await engine.update_weights(weights_of(tiny).items(), 1)
+        assert fakes[0].seen == [] and fakes[1].version == "1"
 
 
 async def test_requests_that_do_not_come_back_stop_the_update(tiny: Any):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from miles_core.protocols import SamplingParams
 from miles_rollout.sglang.client import Deadlines, SglangClient
 from miles_rollout.sglang.shape import ModelShape
 
-MODEL = ModelShape(vocab_size=8, layers=3, moe_layers=(0, 2), experts=4, top_k=2, tied=False, weights={})
+MODEL = ModelShape(vocab_size=8, layers=3, moe_layers=(0, 2), experts=4, top_k=2, tied=False, end_of_text=frozenset(), weights={})
 TOKENS = np.array([1, 2, 3], np.int32)
 
 
@@ -79,6 +80,8 @@ BAD_ANSWERS: dict[str, tuple[Any, str]] = {
     "no object": (b"null", r"cannot be right"),
     "HTML": (b"<html>", r"bytes that are no JSON"),
     "HTTP 500": ((500, {"error": {"message": "out of memory"}}), r"failed in /generate \(HTTP 500\): out of memory"),
+    "HTTP 429": ((429, {"error": {"message": "too busy"}}), r"failed in /generate \(HTTP 429\): too busy"),
+    "HTTP 408": ((408, {"error": {"message": "too slow"}}), r"failed in /generate \(HTTP 408\): too slow"),
     "connection dropped": (DROP, r"broke off /generate"),
     "no logprobs": (lambda b, u: with_meta(u, output_token_logprobs=None), r"no 'output_token_logprobs'"),
     "fewer logprobs": (lambda b, u: with_meta(u, output_token_logprobs=[[-1.0, 3, None]]), r"of 1 tokens, which are not the 4"),
@@ -211,6 +214,56 @@ async def test_control_calls_that_fail_say_why(
     fake.overrides[path] = answer
     with pytest.raises(RunError, match=f"server 0 .*{path}.*because"):
         await call(client)
+
+
+REPEATED: list[tuple[str, Callable[[SglangClient], Any]]] = [
+    ("/model_info", lambda c: c.info()),
+    ("/server_info", lambda c: c.info()),
+    ("/model_info", lambda c: c.version()),
+    ("/weights_checker", lambda c: c.checksum()),
+    ("/update_weight_version", lambda c: c.set_version(5)),
+    ("/update_weights_from_disk", lambda c: c.load_from_disk(Path("/somewhere"), 5)),
+    ("/pause_generation", lambda c: c.pause("retract")),
+    ("/continue_generation", lambda c: c.continue_()),
+    ("/abort_request", lambda c: c.abort()),
+]
+ONCE: list[tuple[str, Callable[[SglangClient], Any]]] = [
+    ("/begin_weight_update", lambda c: c.begin_update()),
+    ("/update_weights_from_tensor", lambda c: c.update_bucket(b"{}")),
+    ("/end_weight_update", lambda c: c.end_update()),
+    ("/generate", generate),
+]
+
+
+@pytest.mark.parametrize("answer", [(500, {}), DROP], ids=["HTTP 500", "connection dropped"])
+@pytest.mark.parametrize("path, call", REPEATED)
+async def test_a_hiccup_in_what_may_be_repeated_is_survived(
+    path: str, call: Any, answer: Any, client: SglangClient, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("miles_rollout.sglang.client.PAUSE_SECONDS", 0)
+    fake.fail_once(path, answer)
+    await call(client)
+    assert fake.paths().count(path) == 2
+    fake.overrides[path] = answer
+    with pytest.raises(InfrastructureFailure, match=path):
+        await call(client)
+
+
+@pytest.mark.parametrize("path, call", ONCE)
+async def test_what_may_not_be_repeated_is_asked_once(path: str, call: Any, client: SglangClient, fake: FakeServer):
+    fake.fail_once(path, (500, {}))
+    with pytest.raises(InfrastructureFailure, match=rf"failed in {path} \(HTTP 500\)"):
+        await call(client)
+    assert fake.paths().count(path) == 1
+
+
+async def test_silence_is_not_waited_for_again(fake: FakeServer):
+    client = SglangClient("server 0", fake.url, None, MODEL, Deadlines(generate_s=5, control_s=0.2), lambda: "Its log is here.")
+    fake.overrides["/weights_checker"] = SILENCE
+    with pytest.raises(InfrastructureFailure, match=r"did not answer /weights_checker within 0.2 s"):
+        await client.checksum()
+    assert fake.paths() == ["/weights_checker"]
+    await client.close()
 
 
 async def test_info_and_scores(client: SglangClient, fake: FakeServer):

@@ -195,8 +195,6 @@ async def test_on_a_gpu_nothing_of_the_cpu_is_asked(fake, server, tmp_path):
 
 
 def test_what_cannot_be_asked(fake, server, model):
-    with pytest.raises(ConfigError, match="'api_key' cannot be given: Miles sets"):
-        server(fake(), api_key="secret")
     with pytest.raises(ConfigError, match="on 'cpu' or 'cuda', not on 'tpu'"):
         server(fake(), device="tpu")
     (model / "config.json").write_text("{")

@@ -114,6 +114,14 @@ def without_one(file: Path) -> None:
     save_file(tensors, file)
 
 
+def without_a_moment(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    del tensors["exp_avg_sq.decoder.final_layernorm.weight"]
+    save_file(tensors, file)
+
+
 def other_format(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
 
@@ -132,6 +140,11 @@ def other_format(file: Path) -> None:
             r"linear_proj\.weight' is torch.float32 \[31, 32\], .* \[32, 32\]",
         ),
         ("weights-stage1-tensor0.safetensors", without_one, r"lacks 'decoder\.final_layernorm\.weight'"),
+        (
+            "optimizer-stage1-tensor0.safetensors",
+            without_a_moment,
+            r"optimizer-stage1-tensor0\.safetensors lacks 'exp_avg_sq\.decoder\.final_layernorm\.weight'.*incomplete",
+        ),
     ],
 )
 async def test_damage_on_one_rank_is_refused_by_all_and_changes_nothing(
@@ -163,14 +176,15 @@ async def test_another_trainers_checkpoint_is_refused(start: Start, dense: Path,
         await (await start(dense)).load(tmp_path / "cut")
 
 
-async def test_a_disk_that_cannot_be_written_to_is_a_sentence(start: Start, dense: Path, tmp_path: Path):
+@pytest.mark.parametrize("file", ["weights-stage0-tensor0.safetensors", "trainer.json"])
+async def test_a_disk_that_cannot_be_written_to_is_a_sentence(start: Start, dense: Path, tmp_path: Path, file: str):
     trainer = await start(dense, parallel={"data": 2})
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut/weights-stage0-tensor0.safetensors").mkdir()  # stands in the way of rank 0's file
+    (tmp_path / "cut" / file).mkdir()  # stands in the way of rank 0's file
     with pytest.raises(RunError, match=r"^rank 0: .*directory"):
         await trainer.save(tmp_path / "cut")
-    assert not (tmp_path / "cut/trainer.json").exists()
-    await trainer.step(ragged_batch())
+    assert not (tmp_path / "cut/trainer.json").is_file()
+    await trainer.step(ragged_batch())  # the ranks go on
 
 
 # Hugging Face directories

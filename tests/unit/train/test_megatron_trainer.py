@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fixtures.training import NO_GATES, VOCAB, ragged_batch, same, weights
 
 from miles_core.batch import Batch
 from miles_core.columns import Ragged
-from miles_core.errors import ConfigError, DataError, PluginError, RunError, StepRefused
+from miles_core.errors import ConfigError, DataError, PluginError, RanksLost, RunError, StepRefused
 from miles_core.refs import SampleRef
 
 Start = Callable[..., Any]
@@ -274,17 +275,65 @@ async def test_a_mistake_in_a_loss_comes_back_with_its_traceback(start: Start, d
     trainer = await start(dense, parallel={"pipeline": 2}, losses={"mine": {"use": "fixtures.megatron:broken"}})
     with pytest.raises(RunError, match="rank 1 of 2 of trainer-policy failed in gradients: KeyError: 'no_such_column'") as failure:
         await trainer.step(ragged_batch())
-    assert 'raise KeyError("no_such_column")' in str(failure.value.__cause__.__cause__)
+    assert 'raise KeyError("no_such_column")' in str(failure.value.__cause__)
     with pytest.raises(RunError, match="its ranks were ended before"):
         await trainer.annotate(ragged_batch(), frozenset({"old_logprobs"}))
 
 
 async def test_a_rank_that_dies_is_named(start: Start, dense: Path, tmp_path: Path):
     trainer = await start(dense, parallel=TWO)
-    log = tmp_path / "logs/trainer-policy-rank-1.log"
-    os.kill(int(log.read_text().split("pid ")[1].split(",")[0]), signal.SIGKILL)
+    os.kill(pid_of_rank_1(tmp_path), signal.SIGKILL)
     with pytest.raises(RunError, match=r"rank 1 of 2 of trainer-policy died in annotate \(signal SIGKILL\)"):
         await trainer.annotate(ragged_batch(), frozenset({"old_logprobs"}))
+
+
+def pid_of_rank_1(run_dir: Path) -> int:
+    return int((run_dir / "logs/trainer-policy-rank-1.log").read_text().split("pid ")[1].split(",")[0])
+
+
+async def test_a_rank_that_dies_in_the_first_optimizer_step_refuses_no_batch(start: Start, dense: Path, tmp_path: Path):
+    """A refusal says that the weights are those before: here they are gone."""
+    trainer = await start(dense, parallel=TWO)
+    os.kill(pid_of_rank_1(tmp_path), signal.SIGKILL)
+    with pytest.raises(RanksLost, match=r"^rank 1 of 2 of trainer-policy died in gradients \(signal SIGKILL\)"):
+        await trainer.step(ragged_batch())
+
+
+async def test_the_ranks_have_one_deadline_for_a_whole_step(cluster: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The gradients take all of it but a second, by a clock of ours; then rank 1 stops. It must be named when that second is over."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=lambda: 0.0)
+    built = megatron_trainer(dense, tmp_path, cluster, parallel=TWO)
+    trainer = built.config.build(replace(built.context, cluster=Slow(cluster, clock, tmp_path)))
+    seconds = 0.95 * built.context.stage.deadlines.train
+    monkeypatch.setattr("miles_train.megatron.trainer.time", clock)
+    await trainer.start()
+    clock.takes = seconds - 1
+    try:
+        with pytest.raises(RanksLost, match=r"the run waited 1 s for an optimizer step: rank 1 of 2 of trainer-policy did not answer step"):
+            await asyncio.wait_for(trainer.step(ragged_batch()), 60)
+    finally:
+        await trainer.close()
+
+
+class Slow:
+    """A cluster of a single group of ranks, which advance a clock when they are asked for gradients and stop when they are to step."""
+
+    def __init__(self, cluster: Any, clock: Any, run_dir: Path) -> None:
+        self.cluster, self.clock, self.run_dir = cluster, clock, run_dir
+
+    async def start(self, *arguments: Any, **options: Any) -> Slow:
+        self.ranks = await self.cluster.start(*arguments, **options)
+        return self
+
+    async def call(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
+        if method == "step":
+            os.kill(pid_of_rank_1(self.run_dir), signal.SIGSTOP)
+        result = await self.ranks.call(method, *arguments, **options)
+        self.clock.now += self.clock.takes if method == "gradients" else 0
+        return result
+
+    async def close(self) -> None:
+        await self.ranks.close()
 
 
 # Weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace as with_fields
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def test_rows_that_predict_what_is_not_trained_may_be_missing():
     made = sample()
     made.columns["routing"][[0, 1, 3]] = SENTINEL
     assert recorded(load_routing(batch(made), SHAPE)).tolist() == [False, False, True, False, True, False, False]
+
+
+def test_rows_that_another_branch_trains_may_be_missing():
+    """Rows 2 and 4 of the second branch are trained in the first."""
+    second = sample(1)
+    second.columns["routing"][[2, 4]] = SENTINEL
+    both = batch(sample(0), second)
+    owners = np.arange(14)
+    owners[[9, 11]] = 2, 4
+    assert recorded(load_routing(with_fields(both, owners=owners), SHAPE)).tolist() == [True] * 5 + [False] * 2 + [
+        True, True, False, True, False, False, False,
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=f"{second.id}.*token 2 has no routing recorded"):
+        load_routing(both, SHAPE)
 
 
 def put(row: int, value: object) -> Callable[[Sample], None]:

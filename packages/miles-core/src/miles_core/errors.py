@@ -25,6 +25,10 @@ class StepRefused(RunError):
     """A trainer refused a batch before anything changed: its weights are those before the call of ``step``."""
 
 
+class RanksLost(RunError):
+    """The ranks of a model are gone, and what they held with them: one of them died, failed or was silent."""
+
+
 class CheckpointError(MilesError):
     """A cut is missing, truncated or belongs to another configuration."""
 

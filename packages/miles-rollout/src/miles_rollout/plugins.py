@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
+from urllib.parse import SplitResult, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from miles_core.errors import ConfigError
 from miles_core.plugins import EngineConfig, TransportConfig
@@ -23,6 +24,18 @@ class LocalEngineConfig(EngineConfig):
     """Sequences that are held at a time; more requests wait. The cache takes memory for this many of the longest one."""
     max_length: int | None = Field(None, gt=1)
     """Most tokens of a sequence, context and generation together. None: as many as the model has positions."""
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OURS = ("model_path", "dtype", "device", "host", "port", "api_key", "admin_api_key", "config")
+"""Arguments of SGLang's server that follow from other options."""
+
+
+def _port_of(parts: SplitResult) -> bool:
+    try:
+        return parts.port is not None
+    except ValueError:
+        return False
 
 
 class SglangEngineConfig(EngineConfig):
@@ -59,16 +72,35 @@ class SglangEngineConfig(EngineConfig):
         """SGLang's environment, where servers are to be started."""
         if self.urls:
             return []
-        if self.interpreter is not None:
-            there = Path(self.interpreter).is_file()
-            return [] if there else [f"there is no {self.interpreter}; interpreter is the Python of SGLang's environment"]
         from .sglang.environment import find
+        from .sglang.probe import probe
 
         try:
-            find("sglang-cpu")
+            if self.interpreter is None:
+                find("sglang-cpu")
+            else:
+                probe(Path(self.interpreter))
         except ConfigError as error:
             return [str(error)]
         return []
+
+    @field_validator("urls")
+    @classmethod
+    def _reachable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not _port_of(parts):
+                raise ValueError(f"{url!r} is no address of a server; expected e.g. http://127.0.0.1:30000")
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError("a server is named twice; it would get every request and every weight twice")
+        return urls
+
+    @field_validator("arguments")
+    @classmethod
+    def _free(cls, arguments: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+        if taken := [name for name in arguments if name.replace("-", "_") in OURS]:
+            raise ValueError(f"SGLang's argument {taken[0]!r} cannot be given: Miles sets {', '.join(OURS)} itself")
+        return arguments
 
     @model_validator(mode="after")
     def _started_or_reached(self) -> Self:
@@ -78,6 +110,8 @@ class SglangEngineConfig(EngineConfig):
             raise ValueError(f"servers at urls are not started here; leave {', '.join(in_vain)} out")
         if self.key_variable is not None and not self.urls:
             raise ValueError("key_variable is for servers at urls; those started here get a key of their own")
+        if self.key_variable is None and (open_ := [u for u in self.urls if urlsplit(u).hostname not in LOOPBACK]):
+            raise ValueError(f"{open_[0]} is not on this machine; a server that others reach too must want a key: set key_variable")
         return self
 
 
@@ -96,7 +130,8 @@ class TensorTransportConfig(TransportConfig):
     target: ClassVar[str] = "miles_rollout.transports.tensor:TensorTransport"
 
     verify_every: int = Field(100, ge=0)
-    """At the first publish and every so many, an export on disk is loaded and must have the same checksum. 0: only at the first."""
+    """At the first two publishes and every so many, an export on a disk that the engines can read is loaded and must have the same
+    checksum. 0: never, where there is no such disk."""
 
 
 class DiskTransportConfig(TransportConfig):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from miles_core.batch import Batch
+
 
 def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndarray, version: int) -> dict[str, float]:
     """Engine mismatch on fresh tokens, policy drift on older ones.
@@ -37,4 +39,27 @@ def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndar
             metrics["mismatch/k3"] = float((np.expm1(d) - d).mean())
             w = np.exp(d - d.max())  # a common factor, which the sample size does not see and which keeps it from overflowing
             metrics["mismatch/ess"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+    return metrics
+
+
+def mismatch_of(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, float]:
+    """``mismatch_metrics`` of the trained tokens of a batch.
+
+    A token of ``version`` in a sample that older weights began is left out of it and reported as ``mismatch_mixed/mean_abs``: after the
+    change of weights the engine ran the context again, under weights (and with experts) of which the recorded columns know nothing.
+
+    Args:
+        batch: With the rollout's ``logprobs``.
+        logprobs: float [N], the trainer's, of the trained rows.
+        version: Version of the weights that they come from.
+    """
+    trained, versions, rollout = (batch.array(name) for name in ("loss_mask", "versions", "logprobs"))
+    oldest = np.full(len(batch), np.iinfo(versions.dtype).max)
+    sampled = versions >= 0
+    np.minimum.at(oldest, batch.segment[sampled], versions[sampled])
+    mixed = trained & (versions == version) & (oldest[batch.segment] < version)
+    compared = trained & ~mixed
+    metrics = mismatch_metrics(logprobs[compared], rollout[compared], versions[compared], version)
+    if mixed.any():
+        metrics["mismatch_mixed/mean_abs"] = float(np.abs(logprobs[mixed].astype(np.float64) - rollout[mixed]).mean())
     return metrics

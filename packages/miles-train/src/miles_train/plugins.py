@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Annotated, ClassVar, Literal, Self
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from miles_core.errors import ConfigError
 from miles_core.plugins import RewardConfig, TrainerConfig
 
+MEGATRON = "0.16.1"
+"""The megatron-core whose sources are known (megatron/bridge.py)."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,6 +65,12 @@ class AdamWTrainerConfig(TrainerConfig):
     """Also measure the mismatch with the routers' own choice (``mismatch_own_routing/…``), by one more forward pass of each batch's
     first optimizer step."""
 
+    @model_validator(mode="after")
+    def _compared_with_what(self) -> Self:
+        if self.compare_routing and not self.routing_replay:
+            raise ValueError("compare_routing compares replay with the routers' own choice; set routing_replay: true, or leave it out")
+        return self
+
 
 class TorchTrainerConfig(AdamWTrainerConfig):
     """A Hugging Face model and AdamW, in one process: a language model, or one with a scalar head for critics and reward models."""
@@ -107,9 +118,30 @@ class MegatronTrainerConfig(AdamWTrainerConfig):
     """Weights are given away in buckets of about so many bytes."""
 
     def missing(self) -> list[str]:
-        """megatron-core."""
-        there = importlib.util.find_spec("megatron") is not None
-        return [] if there else ["megatron-core is not installed; pip install 'miles-train[megatron]'"]
+        """megatron-core, of the version that is known."""
+        try:
+            found = metadata.version("megatron-core")
+        except metadata.PackageNotFoundError:
+            return ["megatron-core is not installed; pip install 'miles-train[megatron]'"]
+        return [] if found == MEGATRON else [f"megatron-core is {found}, Miles knows {MEGATRON}; pip install megatron-core=={MEGATRON}"]
+
+    def problems(self, stage: Any) -> list[str]:
+        """A role that it cannot train, a layout that does not divide what is known of the model, an architecture that is not known."""
+        from .megatron.layout import Layout
+
+        found: list[str] = []
+        for model in (m for m in stage.models.values() if m.trainer is self):
+            if model.role in ("critic", "reward"):
+                found.append(f"it has no scalar head yet, which a {model.role} needs; use trainer: torch")
+            config = Path(model.path or "") / "config.json"
+            if model.path is not None and config.is_file():
+                try:
+                    found += Layout(**self.parallel.model_dump()).problems(json.loads(config.read_text()))
+                except (ConfigError, ValueError) as error:
+                    found.append(str(error))
+            elif model.config is not None:
+                found += Layout(**self.parallel.model_dump()).indivisible(model.config)
+        return found
 
 
 class RewardModelConfig(RewardConfig):

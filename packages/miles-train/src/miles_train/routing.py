@@ -61,6 +61,8 @@ def load_routing(batch: Batch, shape: MoeShape) -> Batch:
         twice |= (routing[..., i] == routing[..., j]).any(1)
     _refuse(batch, known & twice, "took the same expert twice in one MoE layer")
     needed = batch.array("loss_mask") & (batch.array("versions") >= 0)
+    if batch.owners is not None:  # what branches share is trained where it is owned
+        needed &= batch.owners == np.arange(batch.n_rows)
     _refuse(
         batch,
         needed & ~known,

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..errors import MilesError, RunError
+from ..errors import MilesError, RanksLost
 from . import wire
 from .rank import START_OF_LOG, Failure
 
@@ -90,11 +90,13 @@ class Exchange:
     def _ready(self, end: float) -> list[socket.socket]:
         """Connections of ranks that have something to say; waits for one until ``end``."""
         if self.ranks.ended is not None:
-            raise RunError(f"{self.ranks.name} waited for {self.what} ({self.method}) when its ranks were ended. {self.ranks.ended}")
-        with selectors.DefaultSelector() as selector:
+            raise RanksLost(f"{self.ranks.name} waited for {self.what} ({self.method}) when its ranks were ended. {self.ranks.ended}")
+        with selectors.PollSelector() as selector:  # epoll would forget a connection that is closed while it waits
             for connection, rank in self._of.items():
                 if rank not in self.results and rank not in self.failures and connection.fileno() >= 0:
                     selector.register(connection, selectors.EVENT_READ)
+            if not selector.get_map():  # ended since we looked
+                return self._ready(end)
             return [key.fileobj for key, _ in selector.select(max(end - time.monotonic(), 0))]  # ty: ignore[invalid-explicit-return]
 
     def _take(self, connection: socket.socket, end: float) -> tuple[Any] | None:
@@ -129,12 +131,12 @@ class Exchange:
         if failure is None:
             statuses = self.ranks.end(f"Rank {rank} died in {self.method}.", dead)
             sentence = f"{where} died in {self.method}{_status(statuses, rank)}. {self._tail(rank)}"
-            raise RunError(sentence)
+            raise RanksLost(sentence)
         self.ranks.end(f"Rank {rank} failed in {self.method}: {failure.sentence}")
         cause = RankTraceback(f"rank {rank}:\n{failure.traceback}")
         if failure.kind:
             raise _refusal(failure, f"{where}: {failure.sentence}") from cause
-        raise RunError(f"{where} failed in {self.method}: {failure.sentence}. Its log is {self.ranks.logs[rank]}") from cause
+        raise RanksLost(f"{where} failed in {self.method}: {failure.sentence}. Its log is {self.ranks.logs[rank]}") from cause
 
     def _silent(self) -> None:
         """Nothing came in time: get the stacks, end the ranks, raise."""
@@ -144,7 +146,7 @@ class Exchange:
             self.ranks.server.dump(self.ranks.number, silent)
         self.ranks.end(f"{named} did not answer {self.method} within {self.seconds:g} s.")
         tails = " ".join(self._tail(r) for r in silent)
-        raise RunError(f"the run waited {self.seconds:g} s for {self.what}: {named} did not answer {self.method}. {tails}")
+        raise RanksLost(f"the run waited {self.seconds:g} s for {self.what}: {named} did not answer {self.method}. {tails}")
 
     def _tail(self, rank: int) -> str:
         """Where a rank's log is, and its end."""

@@ -85,7 +85,11 @@ class ForkServer:
                 return []
 
     def close(self) -> None:
-        """End it and whatever it forked."""
+        """End it and whatever it forked. In the middle of an import it does not listen: it has forked nothing yet."""
+        if not self._loaded:
+            self._process.kill()
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # wakes who waits for an answer
         self._control.close()
         try:
             self._process.wait(30)

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RanksLost, RunError
 from ..protocols import BuildContext
 from ..waiting import in_daemon_thread
 from . import ProcessesConfig
@@ -142,7 +142,7 @@ class LocalRanks:
         self.ended = why
         for connection in self.connections:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for it; close alone would not
+                connection.shutdown(socket.SHUT_RDWR)  # wakes who polls it; close alone would not
             connection.close()
         return self.server.end(self.number, list(dying)) if self.server is not None and self.number >= 0 else []
 
@@ -163,11 +163,11 @@ class LocalRanks:
         """
         exchange.end = time.monotonic() + exchange.seconds if end is None else end
         asked = f"{exchange.what} ({exchange.method})"
+        self._check_there(asked)
         if not self._busy.acquire(timeout=max(exchange.end - time.monotonic(), 0)):
             raise RunError(f"{self.name} waited {exchange.seconds:g} s for {asked}: an earlier call to its ranks is not done yet")
         try:
-            if self.ended is not None:
-                raise RunError(f"{self.name} cannot be asked for {asked}: its ranks were ended before. {self.ended}")
+            self._check_there(asked)
             left, self._open = self._open, None
             if resumes and left is not exchange:
                 raise RunError(f"{self.name} cannot go on with {asked}: a later call took its place")
@@ -177,3 +177,7 @@ class LocalRanks:
             yield
         finally:
             self._busy.release()
+
+    def _check_there(self, asked: str) -> None:
+        if self.ended is not None:
+            raise RanksLost(f"{self.name} cannot be asked for {asked}: its ranks were ended before. {self.ended}")

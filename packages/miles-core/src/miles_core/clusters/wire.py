@@ -52,8 +52,8 @@ def _read(connection: socket.socket, size: int, end: float | None) -> memoryview
     data = np.empty(size, np.uint8).data  # a bytearray would be filled with zeros first
     done = 0
     while done < size:
-        _limit(connection, end)
         try:
+            _limit(connection, end)
             got = connection.recv_into(data[done:])
         except TimeoutError:
             raise Silence from None

@@ -20,11 +20,22 @@ from miles_core.protocols import SamplingParams
 from .answers import Generated, Malformed, ServerInfo, read_checksum, read_generated, read_info, read_scores
 from .shape import ModelShape
 
+TRIES = 3
+"""Of calls that may be repeated: a hiccup of a server must not end a run."""
+PAUSE_SECONDS = 0.2
+"""Between two of them, times their number."""
+IDLE_SECONDS = 2.0
+"""For an idle connection to be given up; the server does so after five."""
+
 ABORT_SECONDS = 5.0
 """For an abort to be taken: somebody who gave up a generation waits for it."""
 
 EXCERPT = 400
 """Characters of an answer that an error shows."""
+
+
+class Silence(InfrastructureFailure):
+    """A server did not answer within the deadline."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class SglangClient:
             base_url=url,
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=None,  # each call has a deadline of its own
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS),
             trust_env=False,  # no proxy between us and our server
         )
 
@@ -138,15 +149,15 @@ class SglangClient:
     async def abort(self, request_id: str | None = None) -> None:
         """End requests whose id begins with ``request_id``, None: all. They return what they have, which may be nothing."""
         body = {"abort_all": True} if request_id is None else {"rid": request_id}
-        await self._call("POST", "/abort_request", body, json_answer=False)
+        await self._repeated("POST", "/abort_request", body, json_answer=False)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"]) -> None:
         """Sample nothing more: ``retract`` sends running requests back to the queue, their context is run again afterwards."""
-        await self._call("POST", "/pause_generation", {"mode": mode})
+        await self._repeated("POST", "/pause_generation", {"mode": mode})
 
     async def continue_(self) -> None:
         """After ``pause``."""
-        await self._call("POST", "/continue_generation", {})
+        await self._repeated("POST", "/continue_generation", {})
 
     def _check_ids(self, tokens: np.ndarray) -> None:
         if len(tokens) == 0:
@@ -158,10 +169,11 @@ class SglangClient:
 
     async def _give_up(self, request_id: str) -> None:
         """Nobody waits for this request any more. If the server does not hear it, it is going away anyway."""
-        try:
-            await asyncio.wait_for(asyncio.shield(self.abort(request_id)), ABORT_SECONDS)
-        except (TimeoutError, InfrastructureFailure, MilesError):
-            return
+        aborting = asyncio.ensure_future(
+            self._call("POST", "/abort_request", {"rid": request_id}, seconds=ABORT_SECONDS, json_answer=False)
+        )
+        aborting.add_done_callback(lambda task: task.cancelled() or task.exception())  # looked at, lest asyncio complain
+        await asyncio.wait({aborting})
 
     # ---- weights ------------------------------------------------------------------------------------------------------
 
@@ -179,32 +191,32 @@ class SglangClient:
 
     async def set_version(self, version: int) -> None:
         """What tokens are stamped with from here on."""
-        await self._call("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, success=True)
+        await self._repeated("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, success=True)
 
     async def load_from_disk(self, directory: Path, version: int) -> None:
         """Weights from a Hugging Face directory that the server can read. Raises RunError if it refuses or cannot."""
         body = {"model_path": str(directory), "weight_version": str(version), "flush_cache": True}
-        await self._call("POST", "/update_weights_from_disk", body, success=True)
+        await self._repeated("POST", "/update_weights_from_disk", body, success=True)
 
     async def checksum(self) -> tuple[str, dict[str, str]]:
         """Digest of the parameters it holds, fused and sharded as they are, and the first rank's by name."""
-        answer = await self._call("POST", "/weights_checker", {"action": "checksum"}, success=True)
+        answer = await self._repeated("POST", "/weights_checker", {"action": "checksum"}, success=True)
         return self._read(lambda: read_checksum(answer), "/weights_checker")
 
     # ---- what it is ---------------------------------------------------------------------------------------------------
 
     async def info(self) -> ServerInfo:
         """Its release, what it serves and in which version, and how long sequences may be."""
-        model, server = await self._call("GET", "/model_info"), await self._call("GET", "/server_info")
+        model, server = await self._repeated("GET", "/model_info"), await self._repeated("GET", "/server_info")
         return self._read(lambda: read_info(model, server), "/model_info and /server_info")
 
     async def version(self) -> str:
         """The weight version it says it serves; "default" where nobody set one."""
-        answer = await self._call("GET", "/model_info")
+        answer = await self._repeated("GET", "/model_info")
         return self._read(lambda: str(answer["weight_version"]), "/model_info")
 
     async def alive(self, seconds: float | None = None) -> bool:
-        """Whether the server and its scheduler answer within the deadline. Generates nothing."""
+        """Whether the server answers within the deadline, and its scheduler was heard of. Generates nothing."""
         try:
             await self._call("GET", "/v1/loads", seconds=seconds)
         except (InfrastructureFailure, MilesError):
@@ -235,19 +247,13 @@ class SglangClient:
         """
         seconds = self._deadlines.control_s if seconds is None else seconds
         content = json.dumps(body).encode() if isinstance(body, dict) else body
-        try:
-            async with asyncio.timeout(seconds):
-                response = await self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
-        except TimeoutError as error:
-            raise InfrastructureFailure(f"{self.name} did not answer {path} within {seconds:g} s. {self._log()}") from error
-        except httpx.HTTPError as error:
-            raise InfrastructureFailure(f"{self.name} broke off {path}: {type(error).__name__}: {error}. {self._log()}") from error
+        response = await self._request(method, path, content, seconds)
         self._check_status(response, path, refusal)
         if not json_answer:
             return None
         try:
             answer = response.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InfrastructureFailure(
                 f"{self.name} answered {path} with {len(response.content)} bytes that are no JSON ({error}): "
                 f"{response.text[:80]!r}. {self._log()}"
@@ -255,6 +261,28 @@ class SglangClient:
         if success and (not isinstance(answer, dict) or answer.get("success") is not True):
             raise refusal(f"{self.name} did not do {path}: {_message(response)}")
         return answer
+
+    async def _request(self, method: str, path: str, content: bytes | None, seconds: float) -> httpx.Response:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
+        except TimeoutError as error:
+            raise Silence(f"{self.name} did not answer {path} within {seconds:g} s. {self._log()}") from error
+        except httpx.HTTPError as error:
+            raise InfrastructureFailure(f"{self.name} broke off {path}: {type(error).__name__}: {error}. {self._log()}") from error
+        except RuntimeError as error:  # httpx says so of a client that is closed
+            raise InfrastructureFailure(f"{self.name} is not called any more ({path}): {error}") from error
+
+    async def _repeated(self, method: str, path: str, body: dict[str, Any] | None = None, **how: Any) -> Any:
+        """``_call`` of what does no harm twice, again after a failure other than silence."""
+        for attempt in range(1, TRIES):
+            try:
+                return await self._call(method, path, body, **how)
+            except Silence:
+                raise
+            except InfrastructureFailure:
+                await asyncio.sleep(attempt * PAUSE_SECONDS)
+        return await self._call(method, path, body, **how)
 
     def _check_status(self, response: httpx.Response, path: str, refusal: type[MilesError]) -> None:
         status = response.status_code
@@ -264,7 +292,7 @@ class SglangClient:
             raise ConfigError(f"{self.name} at {self.url} does not take the API key for {path} (HTTP {status}); see key_variable")
         if status == 404:
             raise ConfigError(f"{self.name} at {self.url} has no {path}: it is no SGLang server, or one of another release")
-        if status < 500:
+        if status < 500 and status not in (408, 429):  # these two say: later
             raise refusal(f"{self.name} refuses {path} (HTTP {status}): {_message(response)}")
         raise InfrastructureFailure(f"{self.name} failed in {path} (HTTP {status}): {_message(response)}. {self._log()}")
 
@@ -272,7 +300,7 @@ class SglangClient:
         """Parse an answer; one that lacks something or cannot be true says nothing about the policy."""
         try:
             return read()
-        except (Malformed, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (Malformed, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InfrastructureFailure(f"{self.name} answered {path} with what cannot be right: {what}. {self._log()}") from error
         except (DataError, InfrastructureFailure) as error:

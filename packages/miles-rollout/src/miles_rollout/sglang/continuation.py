@@ -20,7 +20,7 @@ class Continuation:
         """Raises ConfigError if there are stop texts and no tokenizer."""
         self._request, self._model, self._stops = request, model, stops
         self._end = min(len(request.tokens) + request.sampling.max_tokens, max_length)
-        self._may_end = stops.may_end(request.sampling) if request.sampling.stop else None
+        self._may_end = stops.may_end(request.sampling)
         self._parts: list[Generated] = []
         self._finish: Literal["stop", "length", "abort"] | None = None
         self.tokens = request.tokens
@@ -60,13 +60,12 @@ class Continuation:
             self._finish = "length"
 
     def _first_stop(self) -> int | None:
-        """Length of the sequence up to the end of the first stop text.
+        """Length of the sequence up to the first end: an id that ends it, or the token that completes a stop text.
 
-        SGLang looks for a text in as many tokens as its tokenizer would write it with; a policy may take more of them.
+        SGLang looks for a text in as many tokens as its tokenizer would write it with; a policy may take more of them. And a request that
+        is taken back says so, even if its last token ended it.
         """
         start, sampling = len(self._request.tokens), self._request.sampling
-        if self._may_end is None:
-            return None
         for index in np.flatnonzero(self._may_end[self.tokens[start:]]).tolist():
             if self._stops.ends(sampling, self.tokens[start : start + index + 1]):
                 return start + index + 1

@@ -21,7 +21,7 @@ from ..local.stops import Stops
 from ..plugins import SglangEngineConfig
 from ..requests import check_request
 from .answers import Generated, ServerInfo
-from .client import SglangClient
+from .client import SglangClient, Silence
 from .continuation import Continuation
 from .environment import find
 from .server import ServerProcess
@@ -30,6 +30,9 @@ from .shape import ModelShape
 from .updates import send_weights
 
 T = TypeVar("T")
+
+CLEAN_UP_SECONDS = 5.0
+"""For servers to hear that an update failed; one that does not listen will be found out by the next."""
 
 INTERRUPT_SECONDS = 0.2
 """How long a server may take to hand back what is aborted before it is told again; a request may have been on its way to it."""
@@ -75,7 +78,9 @@ class SglangEngine:
     async def start(self) -> None:
         """Read what the model is like, boot or reach all servers at once, and see that they fit it and each other; see RolloutEngine."""
         self._model = await asyncio.to_thread(ModelShape.read, self._model_path)
-        self._stops = Stops(self._context.tokenizer, frozenset(), self._model.vocab_size)
+        own = self._context.tokenizer.eos_token_id if self._context.tokenizer is not None else None
+        self._ends = self._model.end_of_text | ({own} if own is not None else set())
+        self._stops = Stops(self._context.tokenizer, frozenset(self._ends), self._model.vocab_size)
         setup = Setup(self._config, self._context, self._model_path, self._model, self._dtype)
         if self._config.urls:
             key = os.environ[self._config.key_variable] if self._config.key_variable else None
@@ -119,7 +124,8 @@ class SglangEngine:
         check_request(request, self._model.vocab_size, self.max_length)
         continuation = Continuation(request, self._model, self._stops, self.max_length)
         while not continuation.ended:
-            await self._serving.wait()
+            while not self._serving.is_set():  # another update may have begun by the time this one's end is heard of
+                await self._serving.wait()
             self._require_usable()
             segment = asyncio.ensure_future(self._segment(continuation))
             self._running.add(segment)
@@ -141,7 +147,6 @@ class SglangEngine:
     async def _segment(self, continuation: Continuation) -> Generated:
         """One request of one server."""
         with self._fleet.lease() as server:
-            end_of_text = () if self._context.tokenizer is None else (self._context.tokenizer.eos_token_id,)
             return await self._using(
                 server,
                 server.client.generate(
@@ -149,7 +154,7 @@ class SglangEngine:
                     continuation.sampling,
                     continuation.room,
                     routing_start=continuation.routing_start,
-                    end_of_text=tuple(i for i in end_of_text if i is not None),
+                    end_of_text=tuple(self._ends),
                 ),
             )
 
@@ -158,10 +163,16 @@ class SglangEngine:
         try:
             return await call
         except InfrastructureFailure as failure:
-            if await server.gone():
-                self._fleet.lose(server, str(failure))
+            if isinstance(failure, Silence) or await server.gone():
+                await self._lose(server, failure)
                 self._fleet.require_living()
             raise
+
+    async def _lose(self, server: Server, why: InfrastructureFailure) -> None:
+        """Leave a server out from here on; one that was started here is stopped, lest it go on for nobody."""
+        self._fleet.lose(server, str(why))
+        if server.process is not None:
+            await server.process.stop()
 
     def _require_usable(self) -> None:
         if self._unusable is not None:
@@ -223,7 +234,6 @@ class SglangEngine:
             def begin() -> None:
                 nonlocal began
                 began = True
-                self._unusable = f"version {version} of its weights did not arrive whole"
 
             self._serving.clear()
             try:
@@ -235,7 +245,7 @@ class SglangEngine:
                 await self._on_all(_continue_others)
                 self.version, self._unusable = version, None
             except BaseException as error:
-                if began:
+                if began and not self._closed:
                     self._unusable = f"version {version} of its weights did not arrive whole ({error or type(error).__name__})"
                 await self._resume_after_failure()
                 raise
@@ -253,9 +263,9 @@ class SglangEngine:
             try:
                 await call(server)
             except InfrastructureFailure as failure:
-                if not await server.gone():
+                if not isinstance(failure, Silence) and not await server.gone():
                     raise RunError(str(failure)) from failure
-                self._fleet.lose(server, str(failure))
+                await self._lose(server, failure)
 
         await gather(on_one(server) for server in self._fleet.require_living())
         self._fleet.require_living()
@@ -275,7 +285,7 @@ class SglangEngine:
     async def _resume_after_failure(self) -> None:
         """So that a later update finds the servers as this one did. Who does not answer will be found out then."""
         calls = [_continue_others(server) for server in self._fleet.living]
-        await asyncio.shield(asyncio.gather(*calls, return_exceptions=True))
+        await asyncio.wait({asyncio.ensure_future(asyncio.gather(*calls, return_exceptions=True))}, timeout=CLEAN_UP_SECONDS)
 
 
 def _cancelled_from_outside() -> bool:

@@ -14,13 +14,12 @@ Scalar = str | int | float | bool
 
 SHIM = Path(__file__).parent / "shim"
 HOST = "127.0.0.1"
-OURS = ("model_path", "dtype", "device", "host", "port", "api_key", "admin_api_key", "config")
-"""Options of the server that are not among ``Launch.arguments``: they follow from its other fields."""
 LEFT_OUT = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV")
 """Variables of our environment that say where OUR Python looks; and compiled once, SGLang starts in a third of the time."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the model is a directory; nothing is asked of the network
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health answers at once instead of sampling a token
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probabilities are of the distribution a token came from
     "NO_PROXY": HOST,  # its own requests to itself
     "PYTHONUNBUFFERED": "1",  # the log holds what was said before a death
 }
@@ -59,10 +58,7 @@ class Launch:
     """Deadline of its start."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when an argument is one that follows from another field, or the device is neither ``cpu`` nor ``cuda``."""
-        taken = [name for name in self.arguments if name.replace("-", "_") in OURS]
-        if taken:
-            raise ConfigError(f"SGLang's argument {taken[0]!r} cannot be given: Miles sets {', '.join(OURS)} itself")
+        """Raises ConfigError when the device is neither ``cpu`` nor ``cuda``."""
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"a SGLang server runs on 'cpu' or 'cuda', not on {self.device!r}")
 

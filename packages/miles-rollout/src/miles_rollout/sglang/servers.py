@@ -40,8 +40,10 @@ class Server:
     ranks: int = 1
 
     async def gone(self) -> bool:
-        """Whether it ended, or does not say that it is there."""
-        return (self.process is not None and not self.process.alive()) or not await self.client.alive(LIVENESS_SECONDS)
+        """Whether it ended, or does not say that it is there when it is asked twice. A scheduler that hangs is found by its silence."""
+        if self.process is not None and not self.process.alive():
+            return True
+        return not (await self.client.alive(LIVENESS_SECONDS) or await self.client.alive(LIVENESS_SECONDS))
 
 
 @dataclass(frozen=True)

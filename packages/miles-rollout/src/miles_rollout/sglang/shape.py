@@ -30,6 +30,7 @@ class ModelShape:
         experts: Routed experts a layer, 0 for dense models.
         top_k: How many a token goes to, 0 for dense models.
         tied: Whether the output projection is the embedding.
+        end_of_text: Ids that the model's files say end a text; servers stop at each of them.
         weights: Shape of each weight in the directory's safetensors files by name.
     """
 
@@ -39,6 +40,7 @@ class ModelShape:
     experts: int
     top_k: int
     tied: bool
+    end_of_text: frozenset[int]
     weights: dict[str, tuple[int, ...]]
 
     @property
@@ -69,6 +71,7 @@ class ModelShape:
             experts=experts,
             top_k=top_k,
             tied=bool(config.tie_word_embeddings),
+            end_of_text=_end_of_text(directory, config),
             weights=_weight_shapes(directory),
         )
 
@@ -109,6 +112,18 @@ class ModelShape:
 
     def _some(self) -> str:
         return f"{len(self.weights)} weights have names such as {next(iter(self.weights), 'none')!r}"
+
+
+def _end_of_text(directory: Path, config: Any) -> frozenset[int]:
+    """Of config.json and generation_config.json together, as SGLang takes them."""
+    declared = [config.eos_token_id]
+    file = directory / "generation_config.json"
+    if file.is_file():
+        try:
+            declared.append(json.loads(file.read_text()).get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{file} is no JSON object: {error}") from error
+    return frozenset(i for ids in declared for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 
 
 def _moe_layers(config: Any) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class TensorTransport:
     """A WeightTransport by value.
 
-    The sinks must agree after every publish. At the first, and every ``verify_every``, they load an export of the same weights from a
-    disk besides: that must not change their checksum.
+    The sinks must agree after every publish. At the first two (the weights they started with, and the first that are others) and every
+    ``verify_every`` they load an export of the same weights from a disk besides: that must not change their checksum.
     """
 
     def __init__(self, config: TensorTransportConfig, context: BuildContext) -> None:
@@ -48,7 +48,7 @@ class TensorTransport:
             size += counted.bytes
         checksums = await expect_equal(sinks, version)
         sent = time.perf_counter()
-        due = self._published == 0 or (self._every > 0 and self._published % self._every == 0)
+        due = self._every > 0 and (self._published <= 1 or self._published % self._every == 0)
         if due:
             await self._verify(source, sinks, version, checksums)
         self._published += 1

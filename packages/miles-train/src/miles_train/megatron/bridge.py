@@ -22,7 +22,7 @@ import torch
 
 from miles_core.errors import ConfigError
 
-VERSION = "0.16.1"
+from ..plugins import MEGATRON as VERSION
 
 RULES: tuple[tuple[str, str], ...] = (
     (r"'torch\.cuda\.(Half|BFloat16|Float)Tensor", r"'torch.\1Tensor"),  # what tensor.type() is compared with

@@ -70,7 +70,11 @@ def read_part(directory: Path, optimizer: ShardedAdamW, layout: Layout, rank: in
         weights |= _read(file, shapes)
         if missing := sorted(shapes.keys() - weights.keys()):
             raise CheckpointError(f"{file} lacks {missing[0]!r}: it belongs to another model")
-        state |= _read(directory / f"optimizer-{part}.safetensors", moments | {f"step.{n}": torch.Size() for n in names})
+        file, expected = directory / f"optimizer-{part}.safetensors", moments | {f"step.{n}": torch.Size() for n in names}
+        found = _read(file, expected)
+        if found and (missing := sorted(expected.keys() - found.keys())):  # before the first step there is no state at all
+            raise CheckpointError(f"{file} lacks {missing[0]!r}. The checkpoint is incomplete; use an earlier one.")
+        state |= found
     return weights, state
 
 

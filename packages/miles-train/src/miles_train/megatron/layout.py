@@ -76,6 +76,26 @@ class Layout:
         """The rank that exports a part of the experts of a stage: expert_data is 0."""
         return pipeline * self.stage_size + expert
 
+    def indivisible(self, fields: Mapping[str, Any]) -> list[str]:
+        """What the fields that a recipe gives of a new model's config say already; what they leave out is looked at when it is built."""
+        shared = [
+            ("tensor", "attention heads", "num_attention_heads"),
+            ("tensor", "key/value heads", "num_key_value_heads"),
+            ("tensor", "columns in an MLP", "intermediate_size"),
+            ("pipeline", "layers", "num_hidden_layers"),
+            ("expert", "experts", "num_experts"),
+        ]
+        found = [_cannot_share(getattr(self, axis), axis, fields[name], what) for axis, what, name in shared if name in fields]
+        if self.stage_size % self.expert:
+            found.append(self._experts_nowhere())
+        return [sentence for sentence in found if sentence]
+
+    def _experts_nowhere(self) -> str:
+        return (
+            f"{self.expert} expert-parallel ranks do not divide the tensor × context × data = {self.stage_size} ranks of a pipeline "
+            "stage, over which experts are spread; choose an expert-parallel size that does"
+        )
+
     def problems(self, hf_config: Mapping[str, Any]) -> list[str]:
         """What in these sizes, or in a model (its config.json) under them, does not fit, a sentence each; empty if all is well.
 
@@ -95,19 +115,18 @@ class Layout:
         experts = model.get("num_moe_experts")
         if experts:
             divided.append(("expert", "experts", experts))
-        found = [
-            f"{size} {axis}-parallel ranks cannot share {count} {what} evenly; choose a {axis}-parallel size that divides {count}"
-            for axis, what, count in divided
-            if count % (size := getattr(self, axis))
-        ]
+        found = [s for axis, what, count in divided if (s := _cannot_share(getattr(self, axis), axis, count, what))]
         if self.expert > 1 and not experts:
             found.append(f"{self.expert} expert-parallel ranks, but {spec.architecture} has no experts; leave expert at 1")
         elif self.stage_size % self.expert:
-            found.append(
-                f"{self.expert} expert-parallel ranks do not divide the tensor × context × data = {self.stage_size} ranks of a pipeline "
-                "stage, over which experts are spread; choose an expert-parallel size that does"
-            )
+            found.append(self._experts_nowhere())
         vocab = model["vocab_size"]
         if -(-vocab // self.tensor) * (self.tensor - 1) >= vocab:
             found.append(f"a vocabulary of {vocab} leaves some of {self.tensor} tensor-parallel ranks without a token; choose fewer")
         return found
+
+
+def _cannot_share(size: int, axis: str, count: int, what: str) -> str | None:
+    if count % size == 0:
+        return None
+    return f"{size} {axis}-parallel ranks cannot share {count} {what} evenly; choose a {axis}-parallel size that divides {count}"

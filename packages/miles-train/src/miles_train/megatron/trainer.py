@@ -21,13 +21,13 @@ from torch import Tensor
 from miles_core import errors
 from miles_core.batch import Batch
 from miles_core.config import Deadlines
-from miles_core.errors import ConfigError, DataError, RunError, StepRefused
+from miles_core.errors import ConfigError, DataError, RanksLost, RunError, StepRefused
 from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.plugins import PluginConfig
 from miles_core.protocols import BuildContext, Ranks, StepReport, Unit
 
 from ..gates import check_gates
-from ..mismatch import mismatch_metrics
+from ..mismatch import mismatch_of
 from ..plugins import MegatronTrainerConfig
 from ..routing import MoeShape, load_routing, own_routing, routing_metrics
 from ..schedule import learning_rate
@@ -87,6 +87,7 @@ class MegatronTrainer:
         self._dtype = config.dtype or ("float32" if context.device == "cpu" else "bfloat16")
         self._deadlines: Deadlines = context.stage.deadlines if context.stage is not None else Deadlines()
         self._ranks: Ranks | None = None
+        self._end = 0.0
 
     async def start(self) -> None:
         """Start the ranks; each loads its part of the model.
@@ -127,6 +128,7 @@ class MegatronTrainer:
             )
         if not columns:
             return batch
+        self._within_deadline()
         loaded = await asyncio.to_thread(self._loaded, batch)
         annotated = await self._logprobs(loaded, own_routing=False)
         return batch.with_columns({name: annotated for name in sorted(columns)})
@@ -136,7 +138,7 @@ class MegatronTrainer:
 
         Metrics: ``loss`` and ``loss/<term>``, ``entropy`` (mean over trained tokens), ``grad_norm`` (before clipping) and what the
         losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all of them; ``lr`` of
-        the last; ``seconds/forward_backward``; and what ``mismatch_metrics`` says of the first optimizer step's trained tokens, before
+        the last; ``seconds/forward_backward``; and what ``mismatch_of`` says of the first optimizer step's trained tokens, before
         any update. ``gates`` bound the latter. Of a mixture of experts also what ``routing_metrics`` says, and with ``compare_routing``
         the mismatch without replay.
 
@@ -147,10 +149,11 @@ class MegatronTrainer:
             DataError: A token id is outside the vocabulary, or a sample needs what this trainer cannot do.
             StepRefused: Loss or gradient is not finite (names the sample) or a gate is out of bounds in the first optimizer step,
                 or no token is trained: nothing has changed.
-            RunError: Loss or gradient is not finite in a later one; the weights are those before that optimizer step. Or a rank died
-                or was silent.
+            RunError: Loss or gradient is not finite in a later one; the weights are those before that optimizer step.
+            RanksLost: A rank died, failed or was silent.
         """
         self._check_trained()
+        self._within_deadline()
         batch = await asyncio.to_thread(self._loaded, batch)
         total = self.context.total_steps * len(batch.steps)
         reports: list[dict[str, float]] = []
@@ -164,15 +167,17 @@ class MegatronTrainer:
             try:
                 report, logprobs = await self._gradients(minibatch, counts)
                 if not reports:
-                    mismatch = _mismatch(minibatch, logprobs, self.version)
+                    mismatch = mismatch_of(minibatch, logprobs, self.version)
                     check_gates(mismatch, self.config.gates, self._dtype)
                     if self._replayed and self.config.compare_routing:
-                        mismatch |= own_routing(_mismatch(minibatch, await self._logprobs(minibatch, own_routing=True), self.version))
+                        mismatch |= own_routing(mismatch_of(minibatch, await self._logprobs(minibatch, own_routing=True), self.version))
                 report["lr"] = learning_rate(self.config, self.optimizer_steps, total)
                 seconds += time.perf_counter() - start
                 if not np.isfinite(report["grad_norm"]):
                     origin = await self._origin(minibatch)
                     raise RunError(f"the gradient's norm is {report['grad_norm']}, though the loss is finite{origin}")
+            except RanksLost:
+                raise
             except RunError as error:
                 refusal = RunError if reports else StepRefused
                 raise refusal(f"optimizer step {self.optimizer_steps + 1}: {error}. The weights are those before it.") from error
@@ -195,6 +200,7 @@ class MegatronTrainer:
         """Write master weights, AdamW's state and counters as safetensors and JSON; each rank its own part, into a directory that all
         of them reach."""
         self._check_trained()
+        self._within_deadline()
         directory.mkdir(parents=True, exist_ok=True)
         counters = {"optimizer_steps": self.optimizer_steps, "version": self.version}
         await self._call("save", [(directory.resolve(), counters)] * self._size, f"the checkpoint in {directory}")
@@ -202,6 +208,7 @@ class MegatronTrainer:
     async def load(self, directory: Path) -> None:
         """Go on from what ``save`` wrote, to the bit. CheckpointError where it does not fit (another layout): nothing has changed."""
         self._check_trained()
+        self._within_deadline()
         headers = await self._call("load", [(directory.resolve(),)] * self._size, f"the checkpoint in {directory} to be read")
         self.optimizer_steps, self.version = headers[0]["optimizer_steps"], headers[0]["version"]
 
@@ -228,7 +235,11 @@ class MegatronTrainer:
         return self._ranks
 
     async def _call(self, method: str, arguments: Sequence[tuple], what: str) -> list[Any]:
-        return await self._started().call(method, arguments, seconds=BEFORE * self._deadlines.train, what=what)
+        return await self._started().call(method, arguments, seconds=max(self._end - time.monotonic(), 0.1), what=what)
+
+    def _within_deadline(self) -> None:
+        """From here on the ranks have as long as the loop waits for one call of this trainer, but for a little."""
+        self._end = time.monotonic() + BEFORE * self._deadlines.train
 
     def _buckets(self, seconds: float) -> Iterator[list[tuple[str, Tensor]]]:
         arguments = [(self.config.bucket_bytes,)] * self._size
@@ -309,11 +320,6 @@ class MegatronTrainer:
                 ids = [str(trained.refs[s].id) for s in samples]
                 return f"; it comes from {'sample' if len(ids) == 1 else 'one of the samples'} {', '.join(ids)}"
         return ", and so is each sample's own gradient: only their sum is not"
-
-
-def _mismatch(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, float]:
-    trained = batch.array("loss_mask")
-    return mismatch_metrics(logprobs[trained], batch.array("logprobs")[trained], batch.array("versions")[trained], version)
 
 
 def _tensors(bucket: Bucket) -> list[tuple[str, Tensor]]:

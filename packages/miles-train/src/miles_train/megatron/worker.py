@@ -93,8 +93,7 @@ class Worker:
     def save(self, directory: Path, counters: Mapping[str, int]) -> None:
         """Write this rank's part; rank 0 the header, once all parts are there."""
         self._agreed(lambda: save_part(directory, self._trained(), self._options.layout, self._rank))
-        if self._rank == 0:
-            write_header(directory, self._options.layout, counters)
+        self._agreed(lambda: write_header(directory, self._options.layout, counters) if self._rank == 0 else None)
 
     def load(self, directory: Path) -> dict[str, int]:
         """Go on from what ``save`` wrote, on all ranks or on none. The counters."""

@@ -26,7 +26,7 @@ from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
 
 from ..gates import check_gates
-from ..mismatch import mismatch_metrics
+from ..mismatch import mismatch_of
 from ..plugins import TorchTrainerConfig
 from ..routing import load_routing, own_routing
 from ..schedule import learning_rate
@@ -117,7 +117,7 @@ class TorchTrainer:
 
         Metrics: ``loss`` and ``loss/<term>``, ``entropy`` or ``values`` (mean over trained tokens), ``grad_norm`` (before clipping)
         and what the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all
-        of them; ``lr`` of the last; ``seconds/forward_backward``; and of language models what ``mismatch_metrics`` says of the
+        of them; ``lr`` of the last; ``seconds/forward_backward``; and of language models what ``mismatch_of`` says of the
         first optimizer step's trained tokens, before any update. ``gates`` bound the latter.
 
         The schedule counts optimizer steps; it ends at ``context.total_steps`` × the optimizer steps of this call.
@@ -207,7 +207,7 @@ class TorchTrainer:
             try:
                 report, logprobs = self._forward_backward(minibatch)
                 if not reports and logprobs is not None:
-                    mismatch = _mismatch(minibatch, logprobs, self.version)
+                    mismatch = mismatch_of(minibatch, logprobs, self.version)
                     check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."))
                     if self.model.replay and self.config.compare_routing:
                         mismatch |= self._own_routing(minibatch, self.model.replay)
@@ -256,7 +256,7 @@ class TorchTrainer:
                 micro = trained.select(samples)
                 outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
                 logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].cpu().numpy()
-        return own_routing(_mismatch(minibatch, logprobs, self.version))
+        return own_routing(mismatch_of(minibatch, logprobs, self.version))
 
     def _add_gradient(self, micro: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts."""
@@ -279,8 +279,3 @@ class TorchTrainer:
                 ids = [str(trained.refs[s].id) for s in samples]
                 return f"; it comes from {'sample' if len(ids) == 1 else 'one of the samples'} {', '.join(ids)}"
         return ", and so is each sample's own gradient: only their sum is not"
-
-
-def _mismatch(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, float]:
-    trained = batch.array("loss_mask")
-    return mismatch_metrics(logprobs[trained], batch.array("logprobs")[trained], batch.array("versions")[trained], version)
