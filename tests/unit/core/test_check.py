@@ -331,8 +331,8 @@ LOCAL = "http://127.0.0.1:30000"
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"arguments": {"port": 30000}}, "argument 'port' cannot be given: Miles sets"),
-        ({"arguments": {"api-key": "secret"}}, "argument 'api-key' cannot be given"),
+        ({"arguments": {"port": 30000}}, "argument 'port' of SGLang cannot be given: Miles sets"),
+        ({"arguments": {"api-key": "secret"}}, "argument 'api-key' of SGLang cannot be given"),
         ({"urls": ["127.0.0.1:30000"]}, "'127.0.0.1:30000' is no address of a server; expected e.g."),
         ({"urls": ["http://127.0.0.1"]}, "is no address of a server"),
         ({"urls": ["http://127.0.0.1:70000"]}, "is no address of a server"),

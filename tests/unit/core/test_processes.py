@@ -364,6 +364,20 @@ async def test_closing_wakes_who_waits_for_the_next_item(start: Start, tmp_path:
     assert "30 s" not in str(woken.value)
 
 
+async def test_who_asks_while_silent_ranks_are_ended_is_told_so(start: Start):
+    """A rank that sleeps is given two seconds to end by itself."""
+    ranks = await start(1)
+    silent = asyncio.create_task(call(ranks, "hangs", 0, seconds=0.5))
+    end = time.monotonic() + 30
+    while ranks.ended is None:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+    with pytest.raises(RanksLost, match=r"its ranks were ended before\. rank 0 of 1 of model did not answer hangs within 0\.5 s"):
+        await call(ranks, "whoami", "", seconds=0.2)
+    with pytest.raises(RanksLost, match=r"did not answer hangs\. Its log"):
+        await silent
+
+
 BLOCKED = """
 from pathlib import Path
 (Path(__file__).parent / "begun").touch()

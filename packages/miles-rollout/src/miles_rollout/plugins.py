@@ -99,7 +99,7 @@ class SglangEngineConfig(EngineConfig):
     @classmethod
     def _free(cls, arguments: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
         if taken := [name for name in arguments if name.replace("-", "_") in OURS]:
-            raise ValueError(f"SGLang's argument {taken[0]!r} cannot be given: Miles sets {', '.join(OURS)} itself")
+            raise ValueError(f"argument {taken[0]!r} of SGLang cannot be given: Miles sets {', '.join(OURS)} itself")
         return arguments
 
     @model_validator(mode="after")

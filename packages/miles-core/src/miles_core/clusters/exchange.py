@@ -89,8 +89,7 @@ class Exchange:
 
     def _ready(self, end: float) -> list[socket.socket]:
         """Connections of ranks that have something to say; waits for one until ``end``."""
-        if self.ranks.ended is not None:
-            raise RanksLost(f"{self.ranks.name} waited for {self.what} ({self.method}) when its ranks were ended. {self.ranks.ended}")
+        self._check_there()
         with selectors.PollSelector() as selector:  # epoll would forget a connection that is closed while it waits
             for connection, rank in self._of.items():
                 if rank not in self.results and rank not in self.failures and connection.fileno() >= 0:
@@ -98,6 +97,11 @@ class Exchange:
             if not selector.get_map():  # ended since we looked
                 return self._ready(end)
             return [key.fileobj for key, _ in selector.select(max(end - time.monotonic(), 0))]  # ty: ignore[invalid-explicit-return]
+
+    def _check_there(self) -> None:
+        """Ranks that were ended answer nothing any more, whatever that looks like from here."""
+        if self.ranks.ended is not None:
+            raise RanksLost(f"{self.ranks.name} waited for {self.what} ({self.method}) when its ranks were ended. {self.ranks.ended}")
 
     def _take(self, connection: socket.socket, end: float) -> tuple[Any] | None:
         rank = self._of[connection]
@@ -115,6 +119,7 @@ class Exchange:
 
     def _failed(self) -> None:
         """A rank failed: see what becomes of the others, then raise."""
+        self._check_there()
         end = min(self.end, time.monotonic() + GRACE)
         while len(self.results) + len(self.failures) < self.ranks.size and (ready := self._ready(end)):
             for connection in ready:
