@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +54,41 @@ class Bucket:
 
     def body(self, ranks: int) -> bytes:
         """The request."""
-        flat = self.flat[: self.used].clone() if self.used < len(self.flat) else self.flat  # a view is pickled with all it is a part of
-        pickled = pickle.dumps({"flattened_tensor": flat, "metadata": self.entries}, protocol=4)
-        encoded = b'"' + base64.b64encode(pickled) + b'"'
-        shares = b",".join([encoded] * ranks)
-        return b'{"serialized_named_tensors":[' + shares + b'],"load_format":"flattened_bucket","flush_cache":true}'
+        pickled = pickle.dumps({"flattened_tensor": _Pickled(self.flat[: self.used]), "metadata": self.entries}, protocol=4)
+        encoded = base64.b64encode(pickled)
+        shares = b'","'.join([encoded] * ranks) if ranks > 1 else encoded
+        return b"".join((b'{"serialized_named_tensors":["', shares, b'"],"load_format":"flattened_bucket","flush_cache":true}'))
+
+
+class _Pickled:
+    """Pickles as the tensor of bytes [n] that it is made of. torch's own way copies the bytes three times more."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._bytes = flat.numpy().data
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        size = len(self._bytes)
+        return torch._utils._rebuild_tensor_v2, (_Storage(self._bytes), 0, (size,), (1,), False, OrderedDict())
+
+
+class _Storage:
+    """The storage of such a tensor."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return torch.storage._load_from_bytes, (b"".join((_before(len(self._data)), self._data)),)
+
+
+@lru_cache(64)
+def _before(size: int) -> bytes:
+    """What torch.save writes of a storage of so many bytes before the bytes themselves."""
+    empty = torch.storage.TypedStorage(
+        wrap_storage=torch.empty(size, dtype=torch.uint8).untyped_storage(), dtype=torch.uint8, _internal=True
+    )
+    saved: bytes = empty.__reduce__()[1][0]
+    return saved[: len(saved) - size]
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int = BUCKET_BYTES) -> Iterator[Bucket]:

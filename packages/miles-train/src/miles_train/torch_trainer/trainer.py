@@ -100,7 +100,7 @@ class TorchTrainer:
 
         Raises:
             ConfigError: Another column is asked for.
-            DataError: A token id is outside the vocabulary.
+            DataError: A token id is outside the vocabulary, or a sample's routing cannot be replayed.
         """
         if strange := sorted(columns - self.model.gives):
             raise ConfigError(
