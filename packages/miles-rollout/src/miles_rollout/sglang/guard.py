@@ -34,15 +34,17 @@ def main(parent: int, scratch: Path, command: list[str]) -> int:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
 
+    held: set[Path] = set()
     try:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=in_child)
         while server.poll() is None and os.getppid() == parent:
+            held = held or shared_memory(server.pid)
             caught = signal.sigtimedwait(WATCHED, 0.5)
             if caught is not None and caught.si_signo != signal.SIGCHLD:
                 break
         end(server)
     finally:
-        clear(scratch)
+        clear(scratch, held)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
@@ -60,11 +62,22 @@ def end(server: subprocess.Popen[bytes]) -> None:
             time.sleep(0.01)
 
 
-def clear(scratch: Path) -> None:
-    """Remove the server's temporary files, and what SGLang keeps in shared memory under the names of its sockets there."""
-    for socket in scratch.iterdir():
-        for snapshot in Path("/dev/shm").glob(f"sglang_loads_{socket.name}_*.shm"):
-            snapshot.unlink(missing_ok=True)
+def shared_memory(session: int) -> set[Path]:
+    """What SGLang's processes tell each other of their load in: a file of a random name that outlives them when they are killed."""
+    held = set()
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+                if os.getsid(int(process.name)) == session:
+                    lines = (process / "maps").read_text().splitlines()
+                    held |= {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/sglang_loads_" in line}
+    return held
+
+
+def clear(scratch: Path, held: set[Path]) -> None:
+    """Remove the server's temporary files and what it held in shared memory."""
+    for file in held:
+        file.unlink(missing_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
