@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fixtures.engines import Reference
 
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext, GenerateRequest, Generation, SamplingParams
@@ -77,45 +78,6 @@ def engine_of(model_path: Callable[[str], Path]) -> Iterator[Callable[..., Engin
         return config.build(BuildContext(run_dir=path, run="test", seed=0, model_path=path, device=device))
 
     yield build
-
-
-class Reference:
-    """Plain forward passes of transformers: no cache, one sequence at a time."""
-
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """float64 [T, V]; row t is of token t + 1."""
-        import torch
-
-        with torch.no_grad():
-            return self.model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].double().numpy()
-
-    def routing(self, tokens: np.ndarray) -> np.ndarray:
-        """[T, L, K] experts with the largest router logits, largest first."""
-        import torch
-
-        with torch.no_grad():
-            logits = self.model(torch.from_numpy(tokens.astype(np.int64))[None], output_router_logits=True).router_logits
-        return torch.stack([layer.topk(2, dim=-1).indices for layer in logits], dim=1).numpy()
-
-    def weights(self) -> list[tuple[str, Any]]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
-        return list(revert_weight_conversion(self.model, weights).items())
-
-    def perturb(self) -> None:
-        """Other weights, as far from the old as to change most tokens."""
-        import torch
-
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                weight += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,8 +1,12 @@
-"""The tiny models of this folder's tests, written once a session."""
+"""The tiny models of this folder's tests, written once a session, and Megatron trainers over them."""
 
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytest_asyncio
+from fixtures.megatron import megatron_trainer
 from fixtures.training import MODELS, write_model
 
 
@@ -16,3 +20,18 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Qwen3-MoE, 4 experts, top-2."""
     return write_model(tmp_path_factory.mktemp("moe"), **MODELS["moe"])
+
+
+@pytest_asyncio.fixture
+async def start(cluster: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """Starts trainers, and closes them."""
+    made: list[Any] = []
+
+    async def started(path: Path, **options: Any) -> Any:
+        made.append(megatron_trainer(path, tmp_path, cluster, **options))
+        await made[-1].start()
+        return made[-1]
+
+    yield started
+    for trainer in made:
+        await trainer.close()

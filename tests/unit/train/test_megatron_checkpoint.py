@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from fixtures.megatron import megatron_trainer
 from fixtures.training import ragged_batch, same, weights
 
 from miles_core.errors import CheckpointError, RunError
 
 Start = Callable[..., Any]
-
-
-@pytest_asyncio.fixture
-async def start(cluster: Any, tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts trainers, and closes them."""
-    made: list[Any] = []
-
-    async def started(path: Path, **options: Any) -> Any:
-        made.append(megatron_trainer(path, tmp_path, cluster, **options))
-        await made[-1].start()
-        return made[-1]
-
-    yield started
-    for trainer in made:
-        await trainer.close()
 
 
 CASES = [

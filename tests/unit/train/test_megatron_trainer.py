@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytest_asyncio
 from fixtures.megatron import STEEP, megatron_trainer, torch_twin
 from fixtures.training import NO_GATES, VOCAB, ragged_batch, same, weights
 
@@ -24,21 +23,6 @@ from miles_core.refs import SampleRef
 
 Start = Callable[..., Any]
 TWO = {"data": 2}
-
-
-@pytest_asyncio.fixture
-async def start(cluster: Any, tmp_path: Path) -> AsyncIterator[Start]:
-    """Starts trainers, and closes them."""
-    made: list[Any] = []
-
-    async def started(path: Path, **options: Any) -> Any:
-        made.append(megatron_trainer(path, tmp_path, cluster, **options))
-        await made[-1].start()
-        return made[-1]
-
-    yield started
-    for trainer in made:
-        await trainer.close()
 
 
 NLL = {"nll": {"use": "nll"}}

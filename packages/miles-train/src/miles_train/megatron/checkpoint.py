@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from miles_core.errors import CheckpointError
 
+from ..tensor_files import TOKENIZER_FILES, read_tensors
 from .layout import Layout
 
 if TYPE_CHECKING:  # it imports megatron, which the controller does not
@@ -67,11 +67,11 @@ def read_part(directory: Path, optimizer: ShardedAdamW, layout: Layout, rank: in
         shapes = {n: optimizer.masters[n].shape for n in names}
         moments = {f"{kind}.{n}": shape for n, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")}
         file = directory / f"weights-{part}.safetensors"
-        weights |= _read(file, shapes)
+        weights |= read_tensors(file, shapes)
         if missing := sorted(shapes.keys() - weights.keys()):
             raise CheckpointError(f"{file} lacks {missing[0]!r}: it belongs to another model")
         file, expected = directory / f"optimizer-{part}.safetensors", moments | {f"step.{n}": torch.Size() for n in names}
-        found = _read(file, expected)
+        found = read_tensors(file, expected)
         if found and (missing := sorted(expected.keys() - found.keys())):  # before the first step there is no state at all
             raise CheckpointError(f"{file} lacks {missing[0]!r}. The checkpoint is incomplete; use an earlier one.")
         state |= found
@@ -97,8 +97,6 @@ def export(directory: Path, buckets: Iterable[list[tuple[str, Tensor]]], source:
         source: The Hugging Face directory that the model was started from: config and tokenizer files are taken from it.
         dtype: Of the weights, as config.json says it.
     """
-    from ..torch_trainer.checkpoint import TOKENIZER_FILES  # imports transformers, which the ranks do not need
-
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory, prefix=".export-") as name:
         scratch = Path(name)
@@ -142,22 +140,6 @@ def _parts(optimizer: ShardedAdamW, layout: Layout, rank: int, *, owned: bool) -
         elif not owned or (at.data == 0 and at.context == 0):
             parts.setdefault(dense, []).append(name)
     return parts
-
-
-def _read(path: Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of a file, each of them expected, of that shape and float32."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise CheckpointError(f"{path} holds {name!r}, which this model does not have: it belongs to another model")
-        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, this model needs float32 {list(expected[name])}"
-            )
-    return tensors
 
 
 def _said(layout: Mapping[str, int]) -> str:

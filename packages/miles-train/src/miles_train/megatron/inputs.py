@@ -15,9 +15,6 @@ from miles_kernels.ops.linear_logprob import linear_logprob
 from .layout import Layout
 from .model import PolicyModel, parallel_state
 
-READS = ("tokens", "targets", "positions", "temperatures")
-"""Batch columns that must be loaded before a batch is sharded."""
-
 
 @dataclass(frozen=True)
 class MicroInputs:
@@ -45,7 +42,7 @@ def padded_rows(batch: Batch, layout: Layout) -> int:
 
 
 def micro_inputs(batch: Batch, layout: Layout, context_rank: int, device: torch.device | str = "cpu") -> MicroInputs:
-    """The inputs of one rank from the WHOLE micro-batch (all its rows, columns ``READS`` loaded); cut here, without communication."""
+    """The inputs of one rank from the WHOLE micro-batch (all its rows, ``messages.READS`` loaded); cut here, without communication."""
     rows = padded_rows(batch, layout)
     if layout.context == 1:
         shard = batch

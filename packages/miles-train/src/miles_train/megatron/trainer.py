@@ -21,7 +21,7 @@ from torch import Tensor
 from miles_core import errors
 from miles_core.batch import Batch
 from miles_core.config import Deadlines
-from miles_core.errors import ConfigError, DataError, RanksLost, RunError, StepRefused
+from miles_core.errors import ConfigError, RanksLost, RunError, StepRefused
 from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.plugins import PluginConfig
 from miles_core.protocols import BuildContext, Ranks, StepReport, Unit
@@ -31,6 +31,7 @@ from ..mismatch import mismatch_of
 from ..plugins import MegatronTrainerConfig
 from ..routing import MoeShape, load_routing, own_routing, routing_metrics
 from ..schedule import learning_rate
+from ..steps import load_checked, step_metrics
 from . import checkpoint
 from .layout import Layout
 from .messages import READS, Bucket, Gradients, RankOptions
@@ -184,10 +185,7 @@ class MegatronTrainer:
             await self._call("step", [(report["lr"], report["grad_norm"])] * self._size, "an optimizer step")
             self.optimizer_steps += 1
             reports.append(report | {"tokens": minibatch.segments.tokens})
-        if not reports:
-            raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
-        metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
-        metrics |= {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
+        metrics = step_metrics(reports, seconds)
         routing = routing_metrics(counts["differs"], counts["replayed"], counts["rows"]) if self._replayed else {}
         return StepReport(metrics | mismatch | routing, len(reports))
 
@@ -269,16 +267,7 @@ class MegatronTrainer:
 
     def _loaded(self, batch: Batch) -> Batch:
         """The batch with the columns the model reads, checked."""
-        for ref in batch.refs:
-            for name in UNSUPPORTED:
-                if name in ref.get().columns:
-                    raise DataError(f"sample {ref.id} has a column {name!r}, which trainer 'megatron' cannot use yet; sample without it")
-        batch = batch.load(READS)
-        tokens = batch.array("tokens")
-        bad = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
-        if len(bad):
-            ref = batch.refs[batch.segment[bad[0]]]
-            raise DataError(f"sample {ref.id} holds token id {tokens[bad[0]]}; the model's ids are 0 to {self._vocab_size - 1}")
+        batch = load_checked(batch, READS, UNSUPPORTED, self._vocab_size, "megatron")
         return load_routing(batch, self._replayed) if self._replayed else batch
 
     def _cut(self, batch: Batch, units: np.ndarray, last: Sequence[str]) -> tuple[Cut, list[tuple]]:

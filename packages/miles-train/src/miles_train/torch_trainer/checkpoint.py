@@ -9,26 +9,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from miles_core.errors import CheckpointError
 
+from ..tensor_files import TOKENIZER_FILES, read_tensors
 from .model import PackedModel
 from .optimizer import MasterAdamW
 
 FORMAT = 1
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-)
 
 
 def save_state(directory: Path, optimizer: MasterAdamW, counters: Mapping[str, int]) -> None:
@@ -52,8 +41,8 @@ def load_state(directory: Path, optimizer: MasterAdamW, device: torch.device) ->
         raise CheckpointError(f"{directory / 'trainer.json'} is not of format {FORMAT}, which this version of Miles reads")
     shapes = {name: master.shape for name, master in optimizer.masters.items()}
     moments = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")}
-    weights = _read(directory / "weights.safetensors", shapes, device)
-    state = _read(directory / "optimizer.safetensors", moments | {f"step.{name}": torch.Size() for name in shapes}, device)
+    weights = read_tensors(directory / "weights.safetensors", shapes, device)
+    state = read_tensors(directory / "optimizer.safetensors", moments | {f"step.{name}": torch.Size() for name in shapes}, device)
     if missing := sorted(shapes.keys() - weights.keys()):
         raise CheckpointError(f"{directory / 'weights.safetensors'} lacks {missing[0]!r}: it belongs to another model")
     for name, master in optimizer.masters.items():
@@ -73,19 +62,3 @@ def export(directory: Path, model: PackedModel, source: Path) -> None:
                 shutil.copyfile(file, Path(scratch) / file.name)
         for file in sorted(Path(scratch).iterdir(), key=lambda f: f.name == "config.json"):
             file.replace(directory / file.name)
-
-
-def _read(path: Path, expected: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a file, each of them expected, of that shape and float32."""
-    try:
-        tensors = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise CheckpointError(f"{path} holds {name!r}, which this model does not have: it belongs to another model")
-        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, this model needs float32 {list(expected[name])}"
-            )
-    return tensors

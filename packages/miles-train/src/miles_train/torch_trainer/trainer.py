@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from miles_core.batch import Batch
-from miles_core.errors import ConfigError, DataError, RunError, StepRefused
+from miles_core.errors import ConfigError, RunError, StepRefused
 from miles_core.moe import experts
 from miles_core.plan import micro_batches, unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
@@ -30,6 +30,7 @@ from ..mismatch import mismatch_of
 from ..plugins import TorchTrainerConfig
 from ..routing import load_routing, own_routing
 from ..schedule import learning_rate
+from ..steps import load_checked, step_metrics
 from . import checkpoint
 from .causal_lm import CausalLM
 from .model import PackedModel, compute_dtype
@@ -167,16 +168,7 @@ class TorchTrainer:
 
     def _loaded(self, batch: Batch) -> Batch:
         """The batch with the columns the model reads, checked."""
-        for ref in batch.refs:
-            for name in self.model.unsupported:
-                if name in ref.get().columns:
-                    raise DataError(f"sample {ref.id} has a column {name!r}, which trainer 'torch' cannot use yet; sample without it")
-        batch = batch.load(self.model.reads)
-        tokens = batch.array("tokens")
-        bad = np.flatnonzero((tokens < 0) | (tokens >= self.model.vocab_size))
-        if len(bad):
-            ref = batch.refs[batch.segment[bad[0]]]
-            raise DataError(f"sample {ref.id} holds token id {tokens[bad[0]]}; the model's ids are 0 to {self.model.vocab_size - 1}")
+        batch = load_checked(batch, self.model.reads, self.model.unsupported, self.model.vocab_size, "torch")
         return load_routing(batch, self.model.replay.shape) if self.model.replay else batch
 
     def _micro_batches(self, batch: Batch, units: np.ndarray) -> list[np.ndarray]:
@@ -224,10 +216,7 @@ class TorchTrainer:
                 optimizer.zero_grad()
             self.optimizer_steps += 1
             reports.append(report | {"tokens": minibatch.segments.tokens})
-        if not reports:
-            raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
-        metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
-        metrics |= {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
+        metrics = step_metrics(reports, seconds)
         routing = self.model.replay.finish() if self.model.replay else {}
         return StepReport(metrics | mismatch | routing, len(reports))
 

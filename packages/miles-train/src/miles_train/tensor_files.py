@@ -1,0 +1,45 @@
+"""What the checkpoints of both trainers have in common. No transformers here: ranks read this module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from miles_core.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
+"""Patterns of the files that an export takes over from the model it was started from."""
+
+
+def read_tensors(path: Path, expected: Mapping[str, torch.Size], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a file, each of them expected, of that shape and float32.
+
+    Raises:
+        CheckpointError: The file cannot be read, or a tensor of it is of another name, shape or dtype.
+    """
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is incomplete; use an earlier one.") from error
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise CheckpointError(f"{path} holds {name!r}, which this model does not have: it belongs to another model")
+        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, this model needs float32 {list(expected[name])}"
+            )
+    return tensors
