@@ -89,10 +89,10 @@ def on_ranks(rank: int, size: int, path: str, sizes: dict[str, int]) -> dict[str
 
     layout = Layout(**sizes)
     initialize(layout, timeout_s=60)
-    return {recompute: once(rank, path, layout, recompute) for recompute in ("none", "full")}
+    return {recompute: once(rank, path, layout, recompute) for recompute in (False, True)}
 
 
-def once(rank: int, path: str, layout: Layout, recompute: Any) -> dict[str, Any]:
+def once(rank: int, path: str, layout: Layout, recompute: bool) -> dict[str, Any]:
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -172,9 +172,9 @@ def given(rows: Batch, samples: np.ndarray, layout: Layout, here: Any) -> np.nda
     return np.split(np.concatenate([own, padding]), layout.tensor)[here.tensor]
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_equal_to_transformers(runs: dict[str, list[dict[str, Any]]], reference: dict[str, Any], name: str, recompute: str):
+def test_equal_to_transformers(runs: dict[str, list[dict[str, Any]]], reference: dict[str, Any], name: str, recompute: bool):
     """Log-probabilities, every gradient (the gates' too), the counts, and each router's experts in forward and recomputation."""
     ranks = [rank[recompute] for rank in runs[name]]
     for column in ("annotated", "results"):
@@ -194,8 +194,8 @@ def test_equal_to_transformers(runs: dict[str, list[dict[str, Any]]], reference:
         assert rank["taken"]
         for layer in {layer for layer, _ in rank["taken"]}:
             calls = [chosen for at, chosen in rank["taken"] if at == layer]
-            assert len(calls) == (2 if recompute == "full" else 1) * len(rank["expected"][layer])
-        check_order(rank["taken"], rank["expected"], twice=recompute == "full")
+            assert len(calls) == (2 if recompute else 1) * len(rank["expected"][layer])
+        check_order(rank["taken"], rank["expected"], twice=recompute)
 
 
 def check_order(taken: list[tuple[int, np.ndarray]], expected: dict[int, list[np.ndarray]], *, twice: bool) -> None:
@@ -255,7 +255,7 @@ def faults(rank: int, size: int, path: str) -> dict[str, str]:
     told = {}
 
     def attempt(name: str, change: Any) -> None:
-        model = build(Path(path), spec, layout, torch.float32, replay=True, recompute="full")
+        model = build(Path(path), spec, layout, torch.float32, replay=True, recompute=True)
         try:
             change(model)
             told[name] = "nothing"

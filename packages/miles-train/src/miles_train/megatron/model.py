@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,6 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from megatron.core.transformer.moe.router_replay import RouterReplay  # noqa: E402
-
-Recompute = Literal["none", "selective", "full"]
-"""What the backward pass computes again: nothing, the attention core, or whole layers."""
 
 ACTIVATIONS = {"silu": F.silu}
 """What a spec may name as ``activation_func``."""
@@ -126,9 +123,7 @@ class PolicyModel(GPTModel):
         return weight[: self.real_vocab_size - start], start
 
 
-def build(
-    path: Path, spec: ModelSpec, layout: Layout, dtype: torch.dtype, *, replay: bool = False, recompute: Recompute = "none"
-) -> PolicyModel:
+def build(path: Path, spec: ModelSpec, layout: Layout, dtype: torch.dtype, *, replay: bool = False, recompute: bool = False) -> PolicyModel:
     """This rank's part of the model in a Hugging Face directory, weights loaded, in training mode without dropout. Collective.
 
     Parameters are of ``dtype`` and need gradients; wrap the result in megatron's DistributedDataParallel to train it.
@@ -140,7 +135,7 @@ def build(
         layout: The one that was initialised.
         dtype: Of parameters and compute; router and log-probabilities compute in float32.
         replay: Routers record and replay their choices (``replay.RouterReplay``).
-        recompute: What the backward pass computes again.
+        recompute: Whether the backward pass computes each layer again.
 
     Raises:
         ConfigError: The model does not divide by the layout, or the checkpoint does not hold what the table says.
@@ -156,7 +151,7 @@ def build(
 
 
 def transformer_config(
-    spec: ModelSpec, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype, *, replay: bool, recompute: Recompute
+    spec: ModelSpec, hf_config: Mapping[str, Any], layout: Layout, dtype: torch.dtype, *, replay: bool, recompute: bool
 ) -> TransformerConfig:
     """megatron's own config: the model's part by the table, the rest as Miles computes."""
     fields = spec.transformer(hf_config)
@@ -166,12 +161,8 @@ def transformer_config(
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": replay,
     }
-    recomputed: dict[str, dict[str, Any]] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }
-    varying: dict[str, Any] = fields | {"activation_func": ACTIVATIONS[fields["activation_func"]]} | recomputed[recompute]
+    recomputed = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    varying: dict[str, Any] = fields | {"activation_func": ACTIVATIONS[fields["activation_func"]]} | recomputed
     if fields.get("num_moe_experts"):
         varying |= moe
     return TransformerConfig(

@@ -59,7 +59,7 @@ class Worker:
             options.layout,
             getattr(torch, options.dtype),
             replay=options.replay,
-            recompute="full" if config.recompute else "none",
+            recompute=config.recompute,
         )
         self._losses = {name: _loss_term(given, options.context) for name, given in options.losses.items()}
         self._aggregation = _aggregation(options)
