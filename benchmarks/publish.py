@@ -5,6 +5,7 @@
 A random Qwen3 model in bfloat16 (about 200 MB). Taking turns in one run:
 
 - `publish`: the whole of `SglangEngine.update_weights`: pause, every weight checked, packed, sent and loaded, version stamped, continue.
+- `disk`: what `weight_transport: disk` makes of it where trainer and server share a machine: the weights saved, `load_weights`, deleted.
 - `bare`: the same bytes in requests of the same size by the same httpx, to FastAPI on uvicorn in SGLang's own environment, which reads
   each body and answers. Nothing is encoded, parsed or loaded.
 - `necessary`: what SGLang's interface makes of these bytes at the least, in this process and one after the other: base64 and JSON written
@@ -20,6 +21,7 @@ import argparse
 import asyncio
 import base64
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from pathlib import Path
 import httpx
 import psutil
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from _machine import ROOT, interleave, median_ratio, summary, write_result
@@ -71,10 +73,11 @@ def save_model(directory: Path, layers: int) -> Path:
 
 
 class Copying:
-    """The three ways to hand the weights on; each returns megabytes of weights a second."""
+    """The ways to hand the weights on; each returns megabytes of weights a second."""
 
     def __init__(self, model: Path, interpreter: Path, directory: Path) -> None:
         self.loop = asyncio.new_event_loop()
+        self.model = model
         self.weights = load_file(model / "model.safetensors")
         self.bytes = sum(t.numel() * t.element_size() for t in self.weights.values())
         config = SglangEngineConfig(use="sglang", interpreter=str(interpreter), dtype="bfloat16")
@@ -117,6 +120,15 @@ class Copying:
         self.loop.run_until_complete(self.engine.update_weights(self.weights.items(), self.version))
         return self._rate(began)
 
+    def disk(self) -> float:
+        self.version += 1
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            shutil.copy(self.model / "config.json", directory)
+            save_file(self.weights, Path(directory) / "model.safetensors", {"format": "pt"})
+            self.loop.run_until_complete(self.engine.load_weights(Path(directory), self.version))
+        return self._rate(began)
+
     def bare(self) -> float:
         async def send() -> None:
             for piece in self.pieces:
@@ -153,8 +165,8 @@ def main() -> int:
         ways = Copying(save_model(Path(directory), args.layers), interpreter, Path(directory))
         try:
             ways.start()
-            rates = interleave({way: partial(getattr(ways, way)) for way in ("publish", "bare", "necessary")}, args.repeats)
-            spent = {way: ways.processor_time(way) for way in ("publish", "bare")}
+            rates = interleave({way: partial(getattr(ways, way)) for way in ("publish", "disk", "bare", "necessary")}, args.repeats)
+            spent = {way: ways.processor_time(way) for way in ("publish", "disk", "bare")}
         finally:
             ways.close()
     ratio = median_ratio(rates["publish"], rates["bare"])
@@ -168,13 +180,14 @@ def main() -> int:
         "rates": {way: summary(r) for way, r in rates.items()},
         "processor_seconds": spent,
         "ratio": round(ratio, 3),
+        "ratio_of_disk": round(median_ratio(rates["disk"], rates["bare"]), 3),
         "ratio_of_necessary": round(median_ratio(rates["necessary"], rates["bare"]), 3),
     }
     for way, values in rates.items():
         print(f"{way}: {summary(values)['median']:.0f} MB/s ({min(values):.0f} to {max(values):.0f})")
     for way, by_process in spent.items():
         print(f"{way}: {sum(by_process.values()):.2f} s of processor time: {by_process}")
-    print(f"publish / bare: {ratio:.2f} (bound 0.5)")
+    print(f"publish / bare: {ratio:.2f} (bound 0.5); disk / bare: {result['ratio_of_disk']:.2f}")
     path = write_result("publish", result, ("torch", "transformers", "httpx", "miles-rollout"))
     print(f"written to {path.relative_to(ROOT)}")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import pickle
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
@@ -119,7 +120,9 @@ def unpacked(body: dict[str, Any]) -> dict[str, Tensor]:
     return {m.name: flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape) for m in held["metadata"]}
 
 
-def test_buckets_hold_every_weight_whole():
+@pytest.mark.parametrize("piece", [3, 192 << 10])
+async def test_buckets_hold_every_weight_whole(piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("miles_rollout.sglang.payload.PIECE_BYTES", piece)
     generator = torch.Generator().manual_seed(1)
     weights = {
         "a": torch.randn(10, 3, generator=generator),
@@ -130,12 +133,13 @@ def test_buckets_hold_every_weight_whole():
         "odd": torch.arange(3, dtype=torch.uint8),
         "c": torch.nn.Parameter(torch.randn(5, generator=generator)),
     }
-    import json
-
     packed = list(buckets(weights.items(), 256))
     found: dict[str, Tensor] = {}
     for bucket in packed:
-        found |= unpacked(json.loads(bucket.body(2)))
+        request = bucket.request()
+        body = b"".join([piece async for piece in request.pieces(2)])
+        assert len(body) == request.length(2)
+        found |= unpacked(json.loads(body))
     assert list(found) == list(weights)
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in weights.items())
     assert [len(bucket.entries) for bucket in packed] == [3, 1, 3]  # one weight is larger than a bucket

@@ -15,6 +15,7 @@ from fixtures.fake_sglang import DROP, SILENCE, FakeServer
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, RunError
 from miles_core.protocols import SamplingParams
 from miles_rollout.sglang.client import Deadlines, SglangClient
+from miles_rollout.sglang.payload import Request
 from miles_rollout.sglang.shape import ModelShape
 
 MODEL = ModelShape(vocab_size=8, layers=3, moe_layers=(0, 2), experts=4, top_k=2, tied=False, end_of_text=frozenset(), weights={})
@@ -202,7 +203,7 @@ async def test_ids_that_would_kill_the_server_are_not_sent(tokens: list[int], cl
     "call, path",
     [
         (lambda c: c.begin_update(), "/begin_weight_update"),
-        (lambda c: c.update_bucket(b"{}"), "/update_weights_from_tensor"),
+        (lambda c: c.update_bucket(Request(b"weights"), 1), "/update_weights_from_tensor"),
         (lambda c: c.set_version(3), "/update_weight_version"),
         (lambda c: c.checksum(), "/weights_checker"),
     ],
@@ -229,7 +230,7 @@ REPEATED: list[tuple[str, Callable[[SglangClient], Any]]] = [
 ]
 ONCE: list[tuple[str, Callable[[SglangClient], Any]]] = [
     ("/begin_weight_update", lambda c: c.begin_update()),
-    ("/update_weights_from_tensor", lambda c: c.update_bucket(b"{}")),
+    ("/update_weights_from_tensor", lambda c: c.update_bucket(Request(b"weights"), 1)),
     ("/end_weight_update", lambda c: c.end_update()),
     ("/generate", generate),
 ]
@@ -277,3 +278,18 @@ async def test_info_and_scores(client: SglangClient, fake: FakeServer):
     fake.overrides["/generate"] = {"meta_info": {"input_token_logprobs": [[None, 1, None]]}}
     with pytest.raises(InfrastructureFailure, match="of 1 tokens"):
         await client.score(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, "has no config.json"),
+        ({"model_type": "perceptron"}, r"config\.json cannot be read: .*perceptron"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 0}, "not how many a token goes to"),
+    ],
+)
+def test_a_directory_that_is_no_model_is_refused(config: dict[str, Any] | None, said: str, tmp_path: Path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=said):
+        ModelShape.read(tmp_path)

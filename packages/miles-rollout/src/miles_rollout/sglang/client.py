@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from miles_core.errors import ConfigError, DataError, InfrastructureFailure, Mil
 from miles_core.protocols import SamplingParams
 
 from .answers import Generated, Malformed, ServerInfo, read_checksum, read_generated, read_info, read_scores
+from .payload import Request
 from .shape import ModelShape
 
 TRIES = 3
@@ -181,9 +182,9 @@ class SglangClient:
         """Before the first bucket. Raises RunError if an update is open."""
         await self._call("POST", "/begin_weight_update", {"selector": "all"}, success=True)
 
-    async def update_bucket(self, body: bytes) -> None:
-        """One request of ``payload.body``. Raises RunError if the server refuses it."""
-        await self._call("POST", "/update_weights_from_tensor", body, success=True)
+    async def update_bucket(self, request: Request, ranks: int) -> None:
+        """Weights for a server of so many ranks. Raises RunError if it refuses them."""
+        await self._call("POST", "/update_weights_from_tensor", request.pieces(ranks), length=request.length(ranks), success=True)
 
     async def end_update(self) -> None:
         """After the last bucket. Raises RunError if no update is open."""
@@ -229,8 +230,9 @@ class SglangClient:
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | bytes | None = None,
+        body: dict[str, Any] | AsyncIterator[bytes] | None = None,
         *,
+        length: int | None = None,
         seconds: float | None = None,
         refusal: type[MilesError] = RunError,
         success: bool = False,
@@ -239,7 +241,8 @@ class SglangClient:
         """The answer as JSON.
 
         Args:
-            method, path, body: Of the request; bytes are sent as they are.
+            method, path, body: Of the request; pieces are sent as they come.
+            length: Of all pieces together.
             seconds: Deadline for the whole call; None: that of control calls.
             refusal: Raised for HTTP 4xx.
             success: The answer must say ``success: true``.
@@ -247,7 +250,8 @@ class SglangClient:
         """
         seconds = self._deadlines.control_s if seconds is None else seconds
         content = json.dumps(body).encode() if isinstance(body, dict) else body
-        response = await self._request(method, path, content, seconds)
+        headers = {"Content-Type": "application/json"} | ({} if length is None else {"Content-Length": str(length)})
+        response = await self._request(method, path, content, headers, seconds)
         self._check_status(response, path, refusal)
         if not json_answer:
             return None
@@ -262,10 +266,12 @@ class SglangClient:
             raise refusal(f"{self.name} did not do {path}: {_message(response)}")
         return answer
 
-    async def _request(self, method: str, path: str, content: bytes | None, seconds: float) -> httpx.Response:
+    async def _request(
+        self, method: str, path: str, content: bytes | AsyncIterator[bytes] | None, headers: dict[str, str], seconds: float
+    ) -> httpx.Response:
         try:
             async with asyncio.timeout(seconds):
-                return await self._http.request(method, path, content=content, headers={"Content-Type": "application/json"})
+                return await self._http.request(method, path, content=content, headers=headers)
         except TimeoutError as error:
             raise Silence(f"{self.name} did not answer {path} within {seconds:g} s. {self._log()}") from error
         except httpx.HTTPError as error:

@@ -190,7 +190,7 @@ class SglangEngine:
         """
         checked = self._model.checked(weights, self._dtype)
         async with self._update(version) as begin:
-            await send_weights(checked, sorted({s.ranks for s in self._fleet.living}), self._on_all, begin)
+            await send_weights(checked, self._on_all, begin)
 
     async def load_weights(self, directory: Path, version: int) -> None:
         """Replace the weights by those of a Hugging Face directory that the servers can read; see WeightSink."""

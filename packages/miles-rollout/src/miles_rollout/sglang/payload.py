@@ -6,20 +6,26 @@ knows occur in it. Each rank of a server gets the whole bucket and takes its sha
 
 from __future__ import annotations
 
-import base64
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
+import pybase64
 import torch
 from torch import Tensor
 
 BUCKET_BYTES = 4 << 20
 """Of weights in one request; measured: larger ones do not stay in the processors' caches, smaller ones cost requests."""
+
+PIECE_BYTES = 192 << 10
+"""Of a bucket that are encoded and handed to the connection at a time; a multiple of three, so that what base64 makes of them adds up."""
+
+START, BETWEEN, END = b'{"serialized_named_tensors":["', b'","', b'"],"load_format":"flattened_bucket","flush_cache":true}'
+"""The JSON around and between the ranks' shares."""
 
 ALIGNMENT = 16
 """Bytes: where a weight may begin, so that it can be seen as numbers of its own type."""
@@ -52,12 +58,30 @@ class Bucket:
         self.used = end
         return True
 
-    def body(self, ranks: int) -> bytes:
-        """The request."""
-        pickled = pickle.dumps({"flattened_tensor": _Pickled(self.flat[: self.used]), "metadata": self.entries}, protocol=4)
-        encoded = base64.b64encode(pickled)
-        shares = b'","'.join([encoded] * ranks) if ranks > 1 else encoded
-        return b"".join((b'{"serialized_named_tensors":["', shares, b'"],"load_format":"flattened_bucket","flush_cache":true}'))
+    def request(self) -> Request:
+        """What carries it."""
+        return Request(pickle.dumps({"flattened_tensor": _Pickled(self.flat[: self.used]), "metadata": self.entries}, protocol=4))
+
+
+@dataclass(frozen=True)
+class Request:
+    """The body of a request that carries a bucket, encoded while it is sent: the whole of it never exists."""
+
+    pickled: bytes
+
+    def length(self, ranks: int) -> int:
+        """Bytes of the body for a server of so many ranks."""
+        return len(START) + ranks * (4 * -(-len(self.pickled) // 3)) + (ranks - 1) * len(BETWEEN) + len(END)
+
+    async def pieces(self, ranks: int) -> AsyncIterator[bytes]:
+        """The body for a server of so many ranks, each of which gets all of the bucket."""
+        yield START
+        for rank in range(ranks):
+            if rank:
+                yield BETWEEN
+            for start in range(0, len(self.pickled), PIECE_BYTES):
+                yield pybase64.b64encode(self.pickled[start : start + PIECE_BYTES])
+        yield END
 
 
 class _Pickled:

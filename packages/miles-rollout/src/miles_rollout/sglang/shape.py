@@ -53,13 +53,17 @@ class ModelShape:
         """Of a Hugging Face directory.
 
         Raises:
-            ConfigError: It has no config, or the config does not say how many experts a token goes to.
+            ConfigError: It has no config, transformers does not know such a model, or the config does not say how many experts a token goes
+                to.
         """
         from transformers import AutoConfig  # heavy; not needed before an engine starts
 
         if not (directory / "config.json").is_file():
             raise ConfigError(f"{directory} has no config.json; a model's path is a Hugging Face directory")
-        config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+        except ValueError as error:
+            raise ConfigError(f"{directory}/config.json cannot be read: {str(error).splitlines()[0]}") from error
         experts = max(getattr(config, name, None) or 0 for name in EXPERT_COUNTS)
         top_k = max(getattr(config, name, None) or 0 for name in EXPERTS_A_TOKEN) if experts else 0
         if experts and not top_k:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor
@@ -12,10 +12,10 @@ from miles_core.errors import MilesError
 from miles_core.waiting import in_daemon_thread
 
 from .client import SglangClient
-from .payload import buckets
+from .payload import Request, buckets
 
-IN_FLIGHT = 2
-"""Buckets on their way at a time: a server reads one while it loads the other."""
+IN_FLIGHT = 3
+"""Buckets on their way at a time: a server reads one while it decodes another and loads a third."""
 
 
 class Receiver(Protocol):
@@ -29,28 +29,27 @@ OnAll = Callable[[Callable[[Receiver], Awaitable[None]]], Awaitable[None]]
 """Makes a call of all servers at once."""
 
 
-async def send_weights(weights: Iterable[tuple[str, Tensor]], ranks: list[int], on_all: OnAll, begin: Callable[[], None]) -> None:
+async def send_weights(weights: Iterable[tuple[str, Tensor]], on_all: OnAll, begin: Callable[[], None]) -> None:
     """Send all weights to all servers, each bucket to all of them at once.
 
     Args:
         weights: Gone through once, in a thread; it may block.
-        ranks: The numbers of ranks that servers have; for each a bucket is made into a request once.
         on_all: Reaches the servers.
         begin: Called right before the first change.
 
     Raises what ``weights`` and ``on_all`` raise.
     """
-    packed = _packed(weights, ranks)
-    body = await in_daemon_thread(next, packed, None)
-    if body is None:
+    packed = (bucket.request() for bucket in buckets(weights))
+    request = await in_daemon_thread(next, packed, None)
+    if request is None:
         return
     begin()
     sent: set[asyncio.Future[None]] = set()
     try:
         await on_all(lambda server: server.client.begin_update())
-        while body is not None:
-            sent.add(asyncio.ensure_future(on_all(_bucket(body))))
-            body = await in_daemon_thread(next, packed, None)
+        while request is not None:
+            sent.add(asyncio.ensure_future(on_all(_sending(request))))
+            request = await in_daemon_thread(next, packed, None)
             sent = await _at_most(sent, IN_FLIGHT - 1)
         await _at_most(sent, 0)
     except BaseException:
@@ -59,14 +58,8 @@ async def send_weights(weights: Iterable[tuple[str, Tensor]], ranks: list[int], 
     await on_all(lambda server: server.client.end_update())
 
 
-def _packed(weights: Iterable[tuple[str, Tensor]], ranks: list[int]) -> Iterator[dict[int, bytes]]:
-    """Requests, by the number of ranks of the server they are for."""
-    for bucket in buckets(weights):
-        yield {n: bucket.body(n) for n in ranks}
-
-
-def _bucket(body: dict[int, bytes]) -> Callable[[Receiver], Awaitable[None]]:
-    return lambda server: server.client.update_bucket(body[server.ranks])
+def _sending(request: Request) -> Callable[[Receiver], Awaitable[None]]:
+    return lambda server: server.client.update_bucket(request, server.ranks)
 
 
 async def _at_most(sent: set[asyncio.Future[None]], limit: int) -> set[asyncio.Future[None]]:

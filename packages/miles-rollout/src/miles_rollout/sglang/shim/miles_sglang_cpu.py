@@ -5,6 +5,7 @@ This directory goes on the PYTHONPATH of a SGLang server on a CPU, and of nothin
 - ``sgl_kernel`` beside this file stands in for the kernel package, which has no CPU wheel on PyPI.
 - Page-locked memory is the GPU driver's: ``pin_memory=`` and ``Tensor.pin_memory`` do nothing here.
 - The host buffer of the routed experts is registered with the GPU driver: that does nothing either.
+- Weights that come by value are decoded by ``pybase64``, as SGLang decodes everything else, not by the ten times slower standard library.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ def activate() -> None:
             f"Miles' CPU shim is written for sglang {WRITTEN_FOR}, and this is {found}. Use the environment of "
             "`miles engine install sglang-cpu`, or a GPU, where no shim is needed."
         )
+    import pybase64
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils import msgspec_utils
 
+    msgspec_utils.base64 = pybase64
     for name in FACTORIES:
         setattr(torch, name, _unpinned(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda self, *_: self  # ty: ignore[invalid-assignment]
