@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from miles_kernels.invariant.rows import filled
+
 CHUNK_BYTES, CHUNK_ROWS = 96 * 2**20, 768
 """Without `chunk`, a chunk has the rows of logits that fit in these bytes, but no fewer than these rows: 768 × 151,936 are 445 MiB.
 
@@ -25,6 +27,7 @@ def forward(
     """What these rows of the vocabulary contribute, [T] each in the dtype of `temperature` [T], which is that of the maths.
 
     `targets` counts from the first row of `weight`; one outside is another rank's. Without rows the contribution is (−∞, 0, 0, 0).
+    On a CPU a row's results have the same bits however many rows there are (`miles_kernels.invariant`); `logprob_of_logits` has them too.
 
     Returns:
         largest: the largest logit z_i.
@@ -32,6 +35,8 @@ def forward(
         weighted: Σ_i exp(z_i − largest) (z_i − largest).
         target: z_target, 0 where the target is not among these rows.
     """
+    count = len(hidden)
+    hidden, targets, temperature = filled(hidden), filled(targets), filled(temperature, 1.0)
     largest = torch.full_like(temperature, -torch.inf)
     total, weighted, target = (torch.zeros_like(temperature) for _ in range(3))
     for rows, z, p in _chunks(len(hidden), len(weight), temperature, chunk):
@@ -42,7 +47,15 @@ def forward(
         z.sub_(largest[rows, None])
         total[rows] = torch.exp(z, out=p).sum(1)
         weighted[rows] = p.mul_(z).sum(1)
-    return largest, total, weighted, target
+    return largest[:count], total[:count], weighted[:count], target[:count]
+
+
+def logprob_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target], [T], by the steps of `forward`; for who has logits [T, V], temperature and all, already."""
+    z, targets = filled(logits), filled(targets)
+    largest = z.amax(1)
+    total = torch.exp(z - largest[:, None]).sum(1)
+    return (z.gather(1, targets[:, None]).squeeze(1) - largest - total.log())[: len(logits)]
 
 
 def backward(
