@@ -1,8 +1,9 @@
-"""Tokens per CPU-second of the local engine beside transformers' `generate`, both over the model of the quick start.
+"""Tokens per CPU-second of the local engine beside transformers' `generate`, over the quick start's model and one of Llama's shape.
 
     OMP_NUM_THREADS=1 uv run --locked python benchmarks/local_engine.py
 
-One thread, processor time of the whole process, taking turns. 16 samples a prompt, at most 64 new tokens. Two jobs:
+One thread, processor time of the whole process, taking turns. 16 samples a prompt, at most 64 new tokens. Qwen3 and Llama take the
+engine's fused step, Granite (Llama with other scales) stands for all that run module by module. Two jobs:
 
 - `rollout`: prompts of 5 to 13 tokens; sequences stop at the end of text (after 28 tokens on average; only tokens up to it count).
 - `full`: all prompts of 9 tokens, no end of text, every sequence gets 64: nothing to pad, mask or compact, the best case of `generate`.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from _machine import ROOT, interleave, median_ratio, summary, write_result
 from miles_core.protocols import BuildContext, GenerateRequest, SamplingParams
@@ -31,13 +33,16 @@ from miles_rollout.local.engine import LocalEngine
 from miles_rollout.plugins import LocalEngineConfig
 
 PAD, EOS, VOCABULARY, NEW_TOKENS, GROUP = 0, 1, 38, 64, 16
+MODEL_TYPES = ("qwen3", "llama", "granite")
 PROMPT_LENGTHS = {"rollout": (5, 13), "full": (9, 9)}
 
 
-def save_model(directory: Path, job: str) -> Path:
-    """The quick start's model (0.225 M parameters), untrained."""
+def save_model(directory: Path, job: str, model_type: str) -> Path:
+    """The quick start's model (0.225 M parameters), untrained, in the shape of a ``model_type``."""
     torch.manual_seed(0)
-    config = Qwen3Config(
+    path = directory / model_type / job
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=VOCABULARY,
         hidden_size=96,
         intermediate_size=288,
@@ -51,8 +56,8 @@ def save_model(directory: Path, job: str) -> Path:
         pad_token_id=PAD,
         eos_token_id=EOS if job == "rollout" else None,
     )
-    Qwen3ForCausalLM(config).save_pretrained(directory / job)
-    return directory / job
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
 
 
 def prompts(job: str, batch: int) -> list[np.ndarray]:
@@ -114,22 +119,28 @@ class Sampling:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", choices=MODEL_TYPES, nargs="+", default=MODEL_TYPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, object] = {"benchmark": "local_engine", **vars(args), "unit": "tokens per CPU-second", "new_tokens": NEW_TOKENS}
     with tempfile.TemporaryDirectory() as directory:
-        for job in PROMPT_LENGTHS:
-            ways = Sampling(save_model(Path(directory), job), job)
-            for batch in args.batches:
-                rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate")}, args.repeats)
-                ratio = median_ratio(rates["local_engine"], rates["generate"])
-                result[f"{job}/{batch}"] = {"rates": {w: summary(r) for w, r in rates.items()}, "ratio": round(ratio, 2)}
-                medians = {w: round(summary(r)["median"]) for w, r in rates.items()}
-                print(
-                    f"{job}, batch {batch}: × {ratio:.2f} ({medians['local_engine']} against {medians['generate']} tokens per CPU-second)"
-                )
+        for model_type, job, batch in itertools.product(args.models, PROMPT_LENGTHS, args.batches):
+            ways = Sampling(save_model(Path(directory), job, model_type), job)
+            rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate")}, args.repeats)
+            ratio = median_ratio(rates["local_engine"], rates["generate"])
+            fused = bool(ways.engine.stats()["fused"])
+            result[f"{model_type}/{job}/{batch}"] = {
+                "rates": {way: summary(measured) for way, measured in rates.items()},
+                "ratio": round(ratio, 2),
+                "fused": fused,
+            }
+            medians = {way: round(summary(measured)["median"]) for way, measured in rates.items()}
+            print(
+                f"{model_type} ({'fused' if fused else 'modules'}), {job}, batch {batch}: × {ratio:.2f} "
+                f"({medians['local_engine']} against {medians['generate']} tokens per CPU-second)"
+            )
             ways.close()
     path = write_result("local_engine", result, ("torch", "transformers", "miles-rollout"))
     print(f"written to {path.relative_to(ROOT)}")

@@ -24,7 +24,7 @@ from miles_kernels.invariant.attention import invariant_attention
 from miles_kernels.invariant.model import first_difference, make_invariant
 from miles_kernels.ops.linear_logprob import linear_logprob, logprob_of_logits
 
-SHAPES = [(4, 2, 24), (8, 8, 64), (6, 1, 16), (16, 4, 128)]
+SHAPES = [(4, 2, 24), (8, 8, 64), (6, 1, 16), (16, 4, 128), (4, 2, 10), (2, 2, 7)]
 """Heads, heads of keys, width of a head."""
 
 

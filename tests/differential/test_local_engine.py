@@ -39,6 +39,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": TINY | {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen3_moe": MOE | {"model_type": "qwen3_moe", "mlp_only_layers": [1]},
     "llama": TINY | {"model_type": "llama"},
+    "llama_biased": TINY
+    | {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_key_value_heads": 4,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+    }
+    | {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 64}
+    },
+    "qwen2": TINY | {"model_type": "qwen2"},
+    "mistral": TINY | {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 1},
     # Logits are scaled, and positions are learned: nothing of the kind may get lost.
     "granite": TINY | {"model_type": "granite", "logits_scaling": 3.0, "attention_multiplier": 0.3},
     # Keys and values differ in size, and routing is by biased groups.
@@ -62,7 +77,11 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if name not in made:
             torch.manual_seed(7)
             made[name] = tmp_path_factory.mktemp(name)
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name])).save_pretrained(made[name])
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]))
+            for weight in model.parameters():
+                if weight.dim() == 1:  # norms start as ones and biases as zeros, one like another
+                    weight.data += 0.05 * torch.randn(weight.shape)
+            model.save_pretrained(made[name])
         return made[name]
 
     return make
@@ -128,6 +147,7 @@ async def test_ragged_concurrent_requests(name: str, engine_of: Callable[..., En
     for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
         check(request, generation, reference.logits(sequence(request, generation)))
         assert len(generation.tokens) == request.sampling.max_tokens and generation.finish == "length"
+    assert engine.stats()["fused"] == (MODELS[name]["model_type"] in ("qwen3", "llama", "qwen2", "mistral"))
     await engine.close()
 
 
@@ -210,6 +230,94 @@ async def test_a_prompt_that_waits_several_times_is_prefilled_once(
         tokens = sequence(request, generation)
         check(request, generation, reference.logits(tokens))
         np.testing.assert_array_equal(generation.routing, reference.routing(tokens)[:-1])
+    await engine.close()
+
+
+@pytest.mark.parametrize("name, max_batch", [("qwen3", 4), ("qwen3_moe", 4), ("qwen3_moe", 64)])
+async def test_a_prompt_that_comes_again_is_not_run_again(
+    name: str, max_batch: int, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    """More requests of one prompt than slots, or than have held it before; their sessions released or not; and a context that goes on
+    from another session's. Only what is new is prefilled, until the weights change."""
+    engine, reference = engine_of(name, max_batch=max_batch), Reference(model_path(name))
+    prompt = np.random.default_rng(3).integers(0, VOCABULARY, 60).astype(np.int32)
+
+    async def prefilled_for(requests: list[GenerateRequest]) -> int:
+        before = engine.stats()["prefill_tokens"]
+        for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
+            tokens = sequence(request, generation)
+            check(request, generation, reference.logits(tokens))
+            if generation.routing is not None:
+                np.testing.assert_array_equal(generation.routing, reference.routing(tokens)[:-1])
+        return int(engine.stats()["prefill_tokens"] - before)
+
+    def group(name: str, prompt: np.ndarray, count: int = 16) -> list[GenerateRequest]:
+        return [GenerateRequest(f"{name}.{i}", prompt, SamplingParams(3 + i % 5), key=i) for i in range(count)]
+
+    assert await prefilled_for(group("first", prompt, 2)) == 59
+    for i in range(2):
+        await engine.release(f"first.{i}")
+    assert await prefilled_for(group("again", prompt)) == 0
+    longer = np.concatenate([prompt[:50], np.arange(45, dtype=np.int32)])
+    assert await prefilled_for(group("longer", longer)) == 94 - 50
+    reference.perturb()
+    await engine.update_weights(reference.weights(), 1)
+    assert await prefilled_for(group("new weights", prompt)) == 59
+    await engine.close()
+
+
+@pytest.mark.parametrize("name, prefilled", [("qwen3", 0), ("qwen3_moe", 79)])
+async def test_a_beginning_held_by_a_sequence_that_saw_new_weights(
+    name: str, prefilled: int, engine_of: Callable[..., Engine], model_path: Callable[[str], Path]
+) -> None:
+    """Its keys and values are of the new weights and are used; not so where its routing, partly of the old ones, would come along."""
+    engine, new = engine_of(name), Reference(model_path(name))
+    new.perturb()
+    prompt = np.random.default_rng(4).integers(0, VOCABULARY, 80).astype(np.int32)
+    running = asyncio.create_task(engine.generate(GenerateRequest("long", prompt, SamplingParams(170), key=1)))
+    while engine.stats()["generated_tokens"] < 20:
+        await asyncio.sleep(0)
+    await engine.update_weights(new.weights(), 1)
+    at_update = engine.stats()["generated_tokens"]
+    while engine.stats()["generated_tokens"] == at_update:
+        await asyncio.sleep(0)
+    before, request = engine.stats()["prefill_tokens"], GenerateRequest("short", prompt, SamplingParams(5), key=2)
+    generation = await engine.generate(request)
+    assert not running.done() and engine.stats()["prefill_tokens"] - before == prefilled
+    tokens = sequence(request, generation)
+    check(request, generation, new.logits(tokens))
+    if generation.routing is not None:
+        np.testing.assert_array_equal(generation.routing, new.routing(tokens)[:-1])
+    await running
+    await engine.close()
+
+
+async def test_a_long_context_does_not_hold_up_others(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """240 tokens are 12 passes of 20, after the one of the short context, and there is a decoding step after each."""
+    monkeypatch.setattr("miles_rollout.local.scheduler.PREFILL_TOKENS", 20)
+    engine, done = engine_of(), []
+
+    async def one(request: GenerateRequest) -> None:
+        await engine.generate(request)
+        done.append(request.session)
+
+    long = GenerateRequest("long", np.arange(241, dtype=np.int32) % VOCABULARY, SamplingParams(1), key=1)
+    short = GenerateRequest("short", np.arange(10, dtype=np.int32), SamplingParams(25), key=1)
+    await asyncio.gather(one(long), one(short))
+    assert done == ["short", "long"]
+    await engine.close()
+
+
+@pytest.mark.parametrize("lengths", [[8] * 40, np.random.default_rng(9).integers(1, 40, 33).tolist()], ids=["equal", "random"])
+async def test_finished_sequences_are_replaced_at_once(lengths: list[int], engine_of: Callable[..., Engine]) -> None:
+    """As many decoding steps as five workers need for a list of jobs who take the next one whenever they are done."""
+    engine = engine_of(max_batch=5)
+    requests = [GenerateRequest(f"{i}", np.array([i], np.int32), SamplingParams(length), key=i) for i, length in enumerate(lengths)]
+    await generate_all(engine, requests)
+    busy_until = [0] * 5
+    for length in lengths:
+        busy_until[busy_until.index(min(busy_until))] += length
+    assert engine.stats()["decode_steps"] == max(busy_until)
     await engine.close()
 
 
@@ -351,6 +459,36 @@ async def test_weights_go_by_the_names_of_the_checkpoint(
     await engine.update_weights(new, 1)
     held = dict(engine.named_weights())
     assert held.keys() == dict(new).keys() and all(torch.equal(held[n], t) for n, t in new)
+    await engine.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama_biased", "qwen3_moe"])
+async def test_weights_in_the_memory_of_the_engine_are_not_copied(
+    name: str, engine_of: Callable[..., Engine], model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer may take the engine's tensors as the memory of its parameters: a publish then copies nothing, and what it wrote is
+    what is sampled from, though the engine has fused some of them. Foreign tensors are copied as ever."""
+    import torch
+
+    engine, reference = engine_of(name), Reference(model_path(name))
+    memory = dict(engine.named_weights())
+    reference.perturb()
+    new = reference.weights()
+    with torch.no_grad():
+        for weight_name, weight in new:
+            memory[weight_name].copy_(weight)
+    copies, copy = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source, **options: copies.append(self) or copy(self, source, **options))
+    await engine.update_weights(list(engine.named_weights()), 1)
+    assert not copies
+    requests = ragged_requests(8)
+    for request, generation in zip(requests, await generate_all(engine, requests), strict=True):
+        check(request, generation, reference.logits(sequence(request, generation)))
+        assert (generation.versions == 1).all()
+    copies.clear()
+    await engine.update_weights(new, 2)
+    assert len(copies) >= len(new)
+    assert all(tensor.data_ptr() == memory[weight_name].data_ptr() for weight_name, tensor in engine.named_weights())
     await engine.close()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.training import CUTS, MODELS, build_trainer, gradient, ragged_batch, ragged_sample, toy_ppo, write_model
+from fixtures.training import CUTS, MODELS, build_trainer, gradient, ragged_batch, ragged_sample, same, toy_ppo, weights, write_model
 
 from miles_core.batch import Batch
-from miles_core.protocols import LossInputs, LossOutputs
+from miles_core.protocols import LossInputs, LossOutputs, LossTerm
 from miles_core.refs import SampleRef
 
 COLUMNS = frozenset({"old_logprobs"})
@@ -178,6 +178,137 @@ async def test_gradients_do_not_depend_on_micro_batches_or_layout(
     cut = await gradient(models[name], tmp_path / "cut", batch, dtype, layout=layout, micro_batch_tokens=micro_batch_tokens, **options)
     assert float(whole.norm()) > 1e-2
     assert float((cut - whole).norm()) <= tolerance * float(whole.norm())
+
+
+def forked_batch() -> Batch:
+    """``ragged_batch`` whose groups begin alike: all samples with the same four tokens, the first two of a group with seven."""
+    batch = ragged_batch()
+    first: dict[str, Any] = {}
+    for i, ref in enumerate(batch.refs):
+        sample, one = ref.get(), first.setdefault(ref.id.group, ref.get())
+        n = min(len(sample), len(one), 7 if i % 2 else 4)
+        sample.tokens[:n] = one.tokens[:n]
+    return Batch.of(batch.refs).with_columns({"advantages": batch.array("advantages")})
+
+
+@pytest.mark.parametrize("layout, micro_batch_tokens", [("packed", 45), ("shared", 1), ("shared", 45), ("shared", 10_000), ("auto", 60)])
+@pytest.mark.parametrize("name, dtype, tolerance", [("dense", "float64", 1e-10), ("sliding", "float64", 1e-10), ("moe", "float32", 1e-5)])
+async def test_what_samples_begin_with_may_stand_once(
+    models: dict[str, Path], tmp_path: Path, name: str, dtype: str, tolerance: float, layout: str, micro_batch_tokens: int
+):
+    batch, options = forked_batch(), dict(losses={"policy": toy_ppo, "sequence": sequence_ratio})
+    alone = await gradient(models[name], tmp_path / "alone", batch, dtype, layout="padded", micro_batch_tokens=1, **options)
+    once = await gradient(models[name], tmp_path / "once", batch, dtype, layout=layout, micro_batch_tokens=micro_batch_tokens, **options)
+    assert float((once - alone).norm()) <= tolerance * float(alone.norm())
+
+
+async def test_rows_that_stand_once_go_through_the_model_once(models: dict[str, Path]):
+    """As many distinct beginnings as the batch has, counted by hand; and attention pads to a few widths."""
+    batch = forked_batch()
+    trainer, rows = build_trainer(models["dense"], layout="shared"), []
+    trainer.model.hf.get_input_embeddings().register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].numel()))
+    await trainer.annotate(batch, COLUMNS)
+    assert rows == [len({tuple(ref.get().tokens[: t + 1]) for ref in batch.refs for t in range(ref.length)})]
+    assert rows[0] < batch.n_rows
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+async def test_recomputing_changes_no_gradient(models: dict[str, Path], tmp_path: Path, name: str, layout: str):
+    """And layers really run twice in training, once in annotation."""
+    batch, options = forked_batch(), dict(layout=layout, micro_batch_tokens=60)
+    kept = await gradient(models[name], tmp_path / "kept", batch, "float64", **options)
+    again = await gradient(models[name], tmp_path / "again", batch, "float64", recompute=True, **options)
+    assert float((again - kept).norm()) <= 1e-12 * float(kept.norm())
+    trainer, runs = build_trainer(models[name], recompute=True, micro_batch_tokens=10_000), []
+    trainer.model.hf.model.layers[0].mlp.register_forward_pre_hook(lambda *given: runs.append(1))
+    await trainer.annotate(batch, COLUMNS)
+    assert len(runs) == 1
+    await trainer.step(batch)
+    assert len(runs) == 3
+
+
+async def test_old_logprobs_of_an_only_optimizer_step_need_no_annotation(models: dict[str, Path], tmp_path: Path):
+    """The gradient is that with annotated ones, and the step reports them."""
+    from fixtures.losses import built
+
+    batch, losses = ragged_batch(), {"ppo": built("loss", "ppo_clip")}
+    annotated = await build_trainer(models["dense"]).annotate(batch, COLUMNS)
+    expected = await gradient(models["dense"], tmp_path / "annotated", annotated, "float64", losses=losses)
+    found = await gradient(models["dense"], tmp_path / "not", batch, "float64", losses=losses)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    trainer = build_trainer(models["dense"], losses=losses)
+    trainer.version = 3
+    report = await trainer.step(batch)
+    known = np.where(batch.array("loss_mask"), annotated.array("old_logprobs"), np.nan)
+    np.testing.assert_allclose(report.columns["old_logprobs"], known, atol=2e-5)
+    assert {"mismatch/mean_abs", "drift/age_1/mean_abs"} <= report.metrics.keys()
+    every = np.arange(len(batch))
+    with pytest.raises(KeyError, match="old_logprobs"):  # after the first update they would be other weights'
+        await build_trainer(models["dense"], losses=losses).step(batch.with_steps([every, every]))
+
+
+# Samples without advantage
+
+
+def without_advantage(batch: Batch, trajectories: list[int]) -> Batch:
+    """All advantages of these trajectories are 0."""
+    advantages = batch.array("advantages").copy()
+    advantages[np.isin(batch.segments.trajectory, trajectories)[batch.segment]] = 0
+    return batch.with_columns({"advantages": advantages})
+
+
+SKIPPING = {"policy": LossTerm(toy_ppo, proportional_to_advantage=True)}
+
+
+@pytest.mark.parametrize("zero", [[1, 3, 4], list(range(9))], ids=["some", "all"])
+async def test_skipping_samples_without_advantage_changes_no_gradient(models: dict[str, Path], tmp_path: Path, zero: list[int]):
+    batch, options = without_advantage(ragged_batch(), zero), dict(losses=SKIPPING, aggregation=trajectory_mean)
+    full = await gradient(models["dense"], tmp_path / "full", batch, "float64", skip_zero_advantages=False, **options)
+    less = await gradient(models["dense"], tmp_path / "less", batch, "float64", **options)
+    assert float(full.norm()) > 0 or len(zero) == 9
+    assert float((less - full).norm()) <= 1e-12 * float(full.norm())
+
+
+async def test_an_optimizer_step_without_any_advantage_still_moves_and_decays(models: dict[str, Path]):
+    """AdamW's moments of the step before, and weight decay, go on as if everything had been computed."""
+    first, second = ragged_batch(), without_advantage(ragged_batch(), list(range(9)))
+    trainers = [build_trainer(models["dense"], losses=SKIPPING, lr=1e-2, weight_decay=0.1, skip_zero_advantages=s) for s in (True, False)]
+    for trainer in trainers:
+        await trainer.step(first)
+        before = weights(trainer)
+        await trainer.step(second)
+        assert not same(before, weights(trainer))
+    assert same(weights(trainers[0]), weights(trainers[1]))
+
+
+async def test_metrics_speak_of_the_samples_that_were_computed(models: dict[str, Path]):
+    """Losses of all tokens, means of the others, and the share that was skipped."""
+    batch = without_advantage(ragged_batch(), [1, 3, 4])
+    gone = np.isin(batch.segments.trajectory, [1, 3, 4])
+    skipped, tokens = batch.segments.sequence_tokens[gone].sum(), batch.segments.tokens
+    rest = Batch.of([r for r, g in zip(batch.refs, gone, strict=True) if not g])
+    rest = rest.with_columns({"advantages": batch.array("advantages")[~gone[batch.segment]]})
+
+    async def metrics(batch: Batch, **options: Any) -> dict[str, float]:
+        trainer = build_trainer(models["dense"], losses=SKIPPING, **options)
+        trainer.version = 3
+        return (await trainer.step(batch)).metrics
+
+    less, others = await metrics(batch), await metrics(rest)
+    full = await metrics(batch, skip_zero_advantages=False)
+    assert less["skipped"] == pytest.approx(skipped / tokens) and "skipped" not in full
+    assert less["loss"] == pytest.approx(full["loss"], rel=1e-6) and less["tokens"] == tokens
+    for name in ("entropy", "ratio", "mismatch/mean_abs", "drift/age_1/mean_abs"):
+        assert less[name] == pytest.approx(others[name], rel=1e-5)
+
+
+async def test_one_term_that_is_not_proportional_keeps_every_sample(models: dict[str, Path]):
+    def nll(inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(-inputs.logprobs)
+
+    trainer = build_trainer(models["dense"], losses=SKIPPING | {"nll": LossTerm(nll)})
+    assert "skipped" not in (await trainer.step(without_advantage(ragged_batch(), [1]))).metrics
 
 
 async def test_bfloat16_gradients_accumulate_in_float32(models: dict[str, Path], tmp_path: Path):

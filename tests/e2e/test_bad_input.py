@@ -123,7 +123,7 @@ def test_resume_refuses_what_is_no_run_or_has_no_cut(miles):
 
     Path("runs/x/config.yaml").write_text(resolve("mini.yaml").to_yaml())
     said = miles("resume", "runs/x")
-    assert said.code == 1 and "no complete cut" in said.sentence
+    assert said.code == 1 and "has no run.json: an earlier version of Miles made it" in said.sentence
 
 
 def test_a_finished_run_a_truncated_cut_and_another_configuration(miles):

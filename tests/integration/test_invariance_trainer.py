@@ -83,6 +83,21 @@ async def test_layouts_and_micro_batches(models: dict[str, Path], tmp_path: Path
     }
     whole = await gradient(models[head], tmp_path / "whole", batch, "float64", layout="padded", micro_batch_tokens=10_000, **step)
     assert float(whole.norm()) > 1e-2
-    for layout, tokens in (("padded", 1), ("packed", 60), ("packed", 10_000)):
+    for layout, tokens in (("padded", 1), ("packed", 60), ("packed", 10_000), ("shared", 60)):
         part = await gradient(models[head], tmp_path / layout, batch, "float64", layout=layout, micro_batch_tokens=tokens, **step)
         assert float((part - whole).norm()) <= 1e-10 * float(whole.norm()), (layout, tokens)
+
+
+async def test_what_says_it_is_proportional_to_the_advantage_may_be_skipped(models: dict[str, Path], tmp_path: Path) -> None:
+    """All losses that say so at a time: samples without advantage change the gradient by nothing, to 1e-12."""
+    found = {use: config("loss", use) for use in of_ours("loss")}
+    losses = {use: LossTerm(_quiet(built("loss", use)), 1.0, c.unit, True) for use, c in found.items() if c.proportional_to_advantage}
+    assert {"ppo_clip", "gspo", "reinforce"} <= losses.keys() and not {"dro", "kl", "nll", "entropy"} & losses.keys()
+    batch = paired_batch()
+    advantages = np.where((batch.segments.group % 2 == 0)[batch.segment], batch.array("advantages"), 0).astype(np.float32)
+    batch = batch.with_columns({"advantages": advantages})
+    step: dict[str, Any] = {"losses": losses, "aggregation": built("aggregation", "token_mean")}
+    full = await gradient(models["language"], tmp_path / "full", batch, "float64", skip_zero_advantages=False, **step)
+    less = await gradient(models["language"], tmp_path / "less", batch, "float64", **step)
+    assert float(full.norm()) > 1e-2
+    assert float((less - full).norm()) <= 1e-12 * float(full.norm())

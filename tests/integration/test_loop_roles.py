@@ -286,6 +286,28 @@ async def test_each_policy_trains_on_its_own_tokens_of_the_episode(make_loop):
         np.testing.assert_allclose([s.columns["advantages"][2] for s in ours], expected, atol=1e-5)
 
 
+async def test_trajectories_hold_the_mask_that_filters_left_and_what_the_trainer_saw(make_loop):
+    from miles_core.protocols import StepReport
+    from miles_core.sample_io import load_samples
+
+    loop = make_loop(1, defaultdict(list))
+    loop.learners[1].filters = {"odd": lambda sample: "odd" if sample.id.trajectory % 2 else None}
+    step = loop.trainers["bob"].step
+
+    async def seeing(batch):
+        report = await step(batch)
+        rows = np.arange(batch.n_rows, dtype=np.float32)
+        return StepReport(report.metrics, report.optimizer_steps, {"values": rows, "old_logprobs": rows})
+
+    loop.trainers["bob"].step = seeing
+    await loop.run()
+    samples = [s for s in load_samples(loop.run_dir.trajectories / "step-000001.safetensors") if s.id.policy == "bob"]
+    for number, sample in enumerate(samples):
+        assert sample.loss_mask.tolist() == [False, False, sample.id.trajectory % 2 == 0]
+        np.testing.assert_array_equal(sample.columns["values"], [np.nan, 3 * number, 3 * number + 1])  # row p speaks of token p + 1
+        assert sample.columns["old_logprobs"][2] < 0  # annotated before the step: that stays
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 async def test_the_one_knob_bounds_the_age_of_what_is_trained(make_loop, max_staleness):
     loop = make_loop(8, defaultdict(list), max_staleness=max_staleness)

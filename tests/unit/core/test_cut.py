@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import subprocess
 from dataclasses import asdict
 
 import numpy as np
@@ -32,11 +35,11 @@ def ready_groups():
 
 
 def take_cut(checkpoints, step, *, ready=(), keep=9, **fields):
-    partial = cut.begin(checkpoints, step)
-    (partial / "models" / "policy").mkdir(parents=True)
-    (partial / "models" / "policy" / "weights.bin").write_bytes(WEIGHTS + str(step).encode())
-    described = [(g.id, g.position, len(g.refs)) for g in ready]
-    return cut.commit(partial, state(step, ready=described, **fields), list(ready), keep)
+    with cut.begin(checkpoints, step) as partial:
+        (partial / "models" / "policy").mkdir(parents=True)
+        (partial / "models" / "policy" / "weights.bin").write_bytes(WEIGHTS + str(step).encode())
+        described = [(g.id, g.position, len(g.refs)) for g in ready]
+        return cut.commit(partial, state(step, ready=described, **fields), list(ready), keep)
 
 
 def weights_of(directory):
@@ -114,6 +117,7 @@ def test_a_cut_of_the_same_step_is_replaced(tmp_path):
 
 
 def test_no_cut_at_all(tmp_path):
+    assert not cut.any_finished(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no complete cut: no step was saved .* Start the run anew"):
         cut.newest(tmp_path, "abc")
 
@@ -121,6 +125,19 @@ def test_no_cut_at_all(tmp_path):
 def test_a_cut_of_another_configuration_is_refused(tmp_path):
     take_cut(tmp_path, 3, config_hash="other")
     with pytest.raises(CheckpointError, match=r"step-000003 was written by another configuration \(hash other, config\.yaml has abc\)"):
+        cut.newest(tmp_path, "abc")
+    manifest = tmp_path / "step-000003" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"miles": "7.1"}))  # whose defaults may be others
+    with pytest.raises(CheckpointError, match=r"another configuration .* Resume it with Miles 7\.1, which wrote it, or start a new run"):
+        cut.newest(tmp_path, "abc")
+
+
+def test_a_cut_of_another_version_is_refused_with_both_versions(tmp_path):
+    manifest = take_cut(tmp_path, 3) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"format": "miles-cut-9", "miles": "7.1"}))
+    said = r"step-000003 has the format 'miles-cut-9', written by Miles 7\.1; Miles \S+ reads 'miles-cut-1'\. Resume .* wrote it"
+    with pytest.raises(CheckpointError, match=said):
         cut.newest(tmp_path, "abc")
 
 
@@ -142,10 +159,20 @@ DAMAGE = {
     "manifest truncated": lambda d: truncate(d / "manifest.json"),
     "manifest gone": lambda d: (d / "manifest.json").unlink(),
     "manifest empty": lambda d: (d / "manifest.json").write_text(""),
-    "manifest of another format": lambda d: (d / "manifest.json").write_text('{"format": "miles-cut-0"}'),
+    "manifest is a list": lambda d: (d / "manifest.json").write_text("[]"),
     "manifest without a state": lambda d: (d / "manifest.json").write_text('{"format": "miles-cut-1", "files": {}}'),
     "empty": lambda d: [shutil.rmtree(d), d.mkdir()],
 }
+
+
+SAID = {
+    "weights truncated": "models/policy/weights.bin has 16 bytes; the manifest says 17",
+    "weights flipped": "models/policy/weights.bin has the hash ",
+    "weights gone": "models/policy/weights.bin is missing; the manifest says 17 bytes",
+    "buffer flipped": "buffer.safetensors has the hash ",
+    "manifest gone": "manifest.json is missing",
+}
+"""What was found and what was expected; of other damage, only which file it is in."""
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -156,8 +183,7 @@ def test_a_damaged_cut_is_passed_over_and_named(tmp_path, damage):
     found, read, passed_over = cut.newest(tmp_path, "abc")
     assert read.step == 2 and weights_of(found) == WEIGHTS + b"2"
     assert len(passed_over) == 1 and passed_over[0].startswith("step-000003 is damaged (")
-    if damage.startswith("weights"):
-        assert "models/policy/weights.bin" in passed_over[0]
+    assert SAID.get(damage, "manifest.json") in passed_over[0], passed_over
 
     shutil.rmtree(found)
     with pytest.raises(CheckpointError, match=r"no complete cut: step-000003 is damaged"):
@@ -227,8 +253,27 @@ def test_killed_before_any_of_its_steps_the_cut_before_is_there(tmp_path, monkey
 
         take_cut(checkpoints, 4, keep=2)  # the next life goes on, and clears up
         assert cut.newest(checkpoints, "abc")[1:] == (state(4), [])
+        assert weights_of(checkpoints / f"step-{read.step:06d}") == WEIGHTS + str(read.step).encode()  # the one before it is kept
         assert not list(checkpoints.glob("*.partial"))
     assert outcomes == sorted(outcomes) and {2, 3} == set(outcomes)  # first the old one, from one moment on the new one
+
+
+def test_killed_while_it_replaces_a_cut_of_the_same_step_one_of_them_is_there(tmp_path, monkeypatch):
+    """A stage that is stopped before its first step is cut at the step at which the stage before it was."""
+    with monkeypatch.context() as patch:
+        take_cut(tmp_path / "whole", 2, keep=1)
+        done = boundaries(patch, kill_at=-1)
+        take_cut(tmp_path / "whole", 2, keep=1, in_flight=[5])
+    outcomes = []
+    for kill_at in range(len(done)):
+        checkpoints = tmp_path / f"killed-{kill_at}"
+        take_cut(checkpoints, 2, keep=1)
+        with monkeypatch.context() as patch:
+            boundaries(patch, kill_at)
+            with pytest.raises(Killed):
+                take_cut(checkpoints, 2, keep=1, in_flight=[5])
+        outcomes.append(cut.newest(checkpoints, "abc")[1].in_flight)
+    assert outcomes == sorted(outcomes) and outcomes[0] == [] and outcomes[-1] == [5]
 
 
 def test_killed_in_the_middle_of_a_file(tmp_path, monkeypatch):
@@ -261,3 +306,90 @@ def test_trainers_files_are_in_place_before_the_manifest(tmp_path, monkeypatch):
 
     monkeypatch.setattr(json, "dump", look)
     take_cut(tmp_path, 1, ready=ready_groups())
+
+
+# ---- on the disk itself --------------------------------------------------------------------------------------------------
+
+
+def test_files_and_directories_are_on_the_disk_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
+    """The order of fsync and rename is what a power cut leaves whole."""
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        order.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        order.append(f"→ {os.path.relpath(target, tmp_path)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    take_cut(tmp_path, 1, ready=ready_groups())
+    cut_ = "step-000001.partial"
+    named = order.index(f"→ {cut_}/manifest.json")
+    files = {f"{cut_}/buffer.safetensors", f"{cut_}/models/policy/weights.bin"}
+    directories = {f"{cut_}/models/policy", f"{cut_}/models", cut_}
+    assert files | directories | {f"{cut_}/manifest.json.partial"} <= set(order[:named])
+    assert order[named + 1 :] == [cut_, "→ step-000001", "."]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory on a file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root and CAP_SYS_ADMIN")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def write_weights(partial, size):
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(size // 4, np.float32)}, partial / "weights.safetensors")  # its error is safetensors' own
+
+
+@pytest.mark.parametrize("where", ["trainer", "buffer"])
+def test_a_full_disk_names_path_and_room_and_leaves_the_cut_before_it(small_disk, where):
+    good = take_cut(small_disk, 1)
+    (small_disk / "filler").write_bytes(bytes(100_000))
+    sizes = sum(p.stat().st_size for p in good.rglob("*") if p.is_file())
+    large = [GroupRef.of(Group(f"g{i}", random_samples(i, groups=1)), i) for i in range(400)] if where == "buffer" else []
+    with pytest.raises(cut.CutNotWritten) as found, cut.begin(small_disk, 2) as partial:
+        write_weights(partial, 1_000 if where == "buffer" else 200_000)
+        cut.commit(partial, state(2), large, 2)
+    said = str(found.value)
+    assert said.startswith(f"the cut of step 2 cannot be written: the disk of {small_disk} is full (No space left on device")
+    assert "Make room, or lower keep_checkpoints. The last good cut, step-000001, takes " in said
+    free, room = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", said))
+    assert room == sizes and free == shutil.disk_usage(small_disk).free
+    assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "step-000001"]  # what was written of it takes no room
+    assert cut.newest(small_disk, "abc")[1] == state(1)
+    (small_disk / "filler").unlink()
+    take_cut(small_disk, 2)
+    assert cut.newest(small_disk, "abc")[1] == state(2)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.EDQUOT, "Make room, or lower keep_checkpoints"), (errno.EIO, "Look at the system's log for it")]
+)
+def test_a_quota_and_a_broken_disk_are_sentences_too(tmp_path, monkeypatch, code, advice):
+    take_cut(tmp_path, 1)
+
+    def fails(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(cut.CutNotWritten, match=rf"the cut of step 2 cannot be written: .*{os.strerror(code)}.*{advice}.*step-000001"):
+        take_cut(tmp_path, 2)
+    assert cut.newest(tmp_path, "abc")[1].step == 1
+
+
+def test_another_error_goes_on_as_it_is_and_leaves_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="ranks are gone"), cut.begin(tmp_path, 1):
+        raise CheckpointError("ranks are gone")
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from miles_core.errors import InfrastructureFailure, RunError
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext, Generation, Players, Prompt
 from miles_core.randomness import uniform
@@ -56,6 +57,10 @@ class Questions:
 
 def right(sample):
     return float(sample.metadata["response"][0] == sample.label)
+
+
+def down(sample):
+    raise InfrastructureFailure("the judge is down")
 
 
 def batch_right(samples):
@@ -144,6 +149,11 @@ async def test_batch_rewards_count():
     by_batch = await evaluator(reward="batch_right", samples=2).evaluate(players(one))
     by_sample = await evaluator(samples=2).evaluate(players(other))
     assert by_batch.metrics == by_sample.metrics and by_batch.metrics["reward"] > 0
+
+
+async def test_a_service_that_fails_ends_the_evaluation_with_its_sentence():
+    with pytest.raises(RunError, match="the judge is down"):
+        await evaluator(reward="down").evaluate(players(Coin()))
 
 
 async def test_a_trajectory_of_several_samples_counts_once():

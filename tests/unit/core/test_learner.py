@@ -152,6 +152,22 @@ async def test_each_model_is_asked_for_what_is_needed_and_for_nothing_else(polic
     assert {column for _, column in asked} <= set(batch.columns)
 
 
+@pytest.mark.parametrize(
+    ("loss", "minibatches", "asked"),
+    [
+        ({"use": "ppo_clip"}, 1, frozenset()),
+        ({"use": "ppo_clip"}, 2, frozenset({"old_logprobs"})),
+        ({"use": "kl", "unbiased": True}, 1, frozenset({"ref_logprobs"})),
+        ({"use": "clip_cov"}, 1, frozenset({"old_logprobs"})),  # selects before the step
+    ],
+)
+def test_a_trainer_that_knows_old_logprobs_is_not_asked_for_those_of_an_only_optimizer_step(loss, minibatches, asked):
+    from miles_core.config import ModelConfig
+
+    policy = ModelConfig.model_validate({"losses": {"policy": loss}, "advantage": "grpo", "trainer": {"use": "torch"}})
+    assert policy.required(minibatches) & {"old_logprobs", "ref_logprobs"} == asked
+
+
 # ---- advantages ----------------------------------------------------------------------------------------------------------
 
 

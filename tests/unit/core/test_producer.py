@@ -112,6 +112,22 @@ async def test_a_group_whose_infrastructure_failed_is_issued_again_as_another_at
     assert {r.id.attempt for r in group.refs} == {2}
 
 
+async def test_so_is_one_whose_scoring_failed(monkeypatch):
+    scoring, attempts = Scorer({}, None), []
+
+    async def score_group(samples):
+        attempts.append(samples[0].id.attempt)
+        if len(attempts) < 3:
+            raise InfrastructureFailure("the judge is down")
+
+    monkeypatch.setattr(scoring, "score_group", score_group)
+    [group] = await take(producer(good, groups=1, scorer=scoring))
+    assert attempts == [0, 1, 2] and {r.id.attempt for r in group.refs} == {2}
+    attempts.clear()
+    said = await complaint(good, RunError, groups=1, scorer=scoring, attempts=2)
+    assert said == "group e0-0 failed 2 times, last: the judge is down"
+
+
 async def test_it_is_issued_only_so_often():
     calls = []
 

@@ -11,9 +11,15 @@ import threading
 import numpy as np
 import pytest
 from fixtures.samples import answer, sample_id
+from pydantic import ValidationError
 
-from miles_core.errors import DataError, RunError
+from miles_core import scoring
+from miles_core.errors import DataError, InfrastructureFailure, PluginError, RunError
+from miles_core.loop import rollout_metrics
 from miles_core.plugins import RewardConfig
+from miles_core.protocols import Score
+from miles_core.refs import SampleRef
+from miles_core.rewards.weighted_sum import WeightedSum
 from miles_core.scoring import Scorer
 
 
@@ -264,7 +270,9 @@ async def test_a_reward_that_takes_too_long_is_given_up(is_async):
 
     function = later if is_async else lambda sample: release.wait(60)
     with pytest.raises(
-        RunError, match=r"reward 'mine' of sample policy/g0/t0.* waited 0\.05 s for its function\. Raise the reward's timeout_s"
+        RunError,
+        match=r"reward 'mine' of sample policy/g0/t0.* waited 0\.05 s for its function tests\..*test_scoring:test_a_reward_that_.* "
+        r"Raise the reward's timeout_s",
     ):
         await scorer(mine=reward(function, timeout_s=0.05)).score_group(group(1))
     release.set()
@@ -305,3 +313,159 @@ async def test_the_environment_s_part_weighs_what_the_stage_says():
     samples[0].rewards = {"environment": 1.0}
     await Scorer({"length": reward(length, weight=0.5)}, None, environment_weight=0.0).score_group(samples)
     assert samples[0].reward == 1.0 and samples[0].rewards == {"environment": 1.0, "length": 2.0}
+
+
+# ---- threads, services, named parts ---------------------------------------------------------------------------------------
+
+
+async def test_plain_functions_run_in_so_many_threads_and_no_more(monkeypatch):
+    monkeypatch.setattr(scoring, "THREADS", 3)
+    gate, lock, now, most = threading.Barrier(3), threading.Lock(), 0, 0
+
+    def mine(sample):
+        nonlocal now, most
+        with lock:
+            now, most = now + 1, max(most, now + 1)
+        gate.wait(10)  # opens when three are here
+        with lock:
+            now -= 1
+        gate.wait(10)
+        return 1.0
+
+    await scorer(a=reward(mine), b=reward(lambda g: [mine(g[0])] * 11, unit="group")).score_group(group(*[1] * 11))
+    assert most == 3
+
+
+async def test_waiting_for_a_thread_does_not_count_against_the_deadline(monkeypatch):
+    """Many that are quick one by one, and together longer than one may take; the clock is the test's."""
+    monkeypatch.setattr(scoring, "THREADS", 1)
+    spent = []
+    in_time = scoring.deadline
+
+    async def deadline(awaitable, seconds, *said):
+        spent.append(seconds)
+        return await in_time(awaitable, 5, *said)
+
+    monkeypatch.setattr(scoring, "deadline", deadline)
+    first_started, release = threading.Event(), threading.Event()
+
+    def mine(sample):
+        first_started.set()
+        release.wait(10)
+        return 1.0
+
+    task = asyncio.create_task(scorer(mine=reward(mine)).score_group(group(1, 1, 1)))
+    await asyncio.to_thread(first_started.wait, 10)
+    assert len(spent) == 1  # two wait for the thread, and no clock runs for them
+    release.set()
+    await task
+    assert len(spent) == 3
+
+
+async def test_the_event_loop_is_free_while_a_plain_function_runs():
+    release = threading.Event()
+    task = asyncio.create_task(scorer(mine=reward(lambda s: float(release.wait(10)))).score_group(samples := group(1)))
+    await asyncio.sleep(0)
+    release.set()  # never reached if the function ran here
+    await task
+    assert samples[0].reward == 1.0
+
+
+async def test_rewards_are_asked_at_the_same_time():
+    here = [asyncio.Event(), asyncio.Event()]
+
+    async def meets(mine, other):
+        here[mine].set()
+        await here[other].wait()
+        return 1.0
+
+    async def a(sample):
+        return await meets(0, 1)
+
+    async def b(members):
+        return [await meets(1, 0)]
+
+    [sample] = group(1)
+    await scorer(a=reward(a), b=reward(b, unit="group")).score_group([sample])
+    assert sample.reward == 2.0
+
+
+async def test_a_service_that_failed_is_no_fault_of_the_reward():
+    def mine(argument):
+        raise InfrastructureFailure("the judge is down")
+
+    samples = group(1)
+    with pytest.raises(InfrastructureFailure, match="the judge is down"):
+        await scorer(mine=reward(mine)).score_group(samples)
+    assert samples[0].reward is None
+    with pytest.raises(RunError, match="the judge is down"):
+        await scorer(mine=reward(mine, unit="batch")).score_batch(samples)
+
+
+@pytest.mark.parametrize("unit", ["sample", "group"])
+async def test_a_score_has_parts_of_its_own(unit):
+    def one(sample):
+        return Score(length(sample), {"half": length(sample) / 2, "np": np.float32(2)})
+
+    samples = branched()
+    await scorer(mine=reward(one if unit == "sample" else lambda g: [one(s) for s in g], unit=unit, weight=3.0)).score_group(samples)
+    assert [s.reward for s in samples] == [6.0, 6.0, 9.0, 12.0]
+    assert samples[0].rewards == {"mine": 2.0, "mine/half": 1.0, "mine/np": 2.0}
+
+
+@pytest.mark.parametrize(("score", "which"), [(Score(float("nan")), "mine"), (Score(1.0, {"a": None}), "mine/a"), (Score("1"), "mine")])
+async def test_a_score_is_finite_throughout(score, which):
+    with pytest.raises(DataError, match=rf"reward '{which}' of sample policy/g0/t0\.b0@0 is .*; a reward is one finite number"):
+        await scorer(mine=reward(lambda s: score)).score_group(group(1))
+
+
+def weighted(weight=1.0, **parts):
+    return WeightedSum.model_construct(use="weighted_sum", weight=weight, timeout_s=60.0, parts=parts)
+
+
+async def test_a_weighted_sum_of_sums_of_samples_groups_and_batches():
+    inner = weighted(-2.0, a=reward(length, weight=0.5), b=reward(lambda g: [10.0, 20.0], unit="group"))
+    scoring = scorer(quality=weighted(3.0, inner=inner, c=reward(lambda b: [100.0, 200.0], unit="batch")), d=reward(length))
+    samples = group(4, 6)
+    await scoring.score_group(samples)
+    assert [s.reward for s in samples] == [3 * -2 * (0.5 * 4 + 10) + 4, 3 * -2 * (0.5 * 6 + 20) + 6]
+    assert scoring.has_batch_rewards
+    for _ in range(2):
+        await scoring.score_batch(samples)
+        assert [s.reward for s in samples] == [3 * (-2 * (0.5 * 4 + 10) + 100) + 4, 3 * (-2 * (0.5 * 6 + 20) + 200) + 6]
+    assert samples[0].rewards == {
+        "d": 4.0,
+        "quality": -2 * 12 + 100.0,
+        "quality/inner": 12.0,
+        "quality/inner/a": 4.0,
+        "quality/inner/b": 10.0,
+        "quality/c": 100.0,
+    }
+
+
+async def test_the_parts_are_metrics_once_a_trajectory():
+    samples = branched()[:3]  # two samples of a trajectory that gets 2, one of another that gets 3
+    await scorer(sum=weighted(-2.0, a=reward(length), b=reward(lambda s: Score(1.0, {"c": length(s)})))).score_group(samples)
+    metrics = rollout_metrics([SampleRef.of(s) for s in samples])
+    parts = {name: value for name, value in metrics.items() if name.startswith("reward")}
+    expected = {"rewards/sum": 3.5, "rewards/sum/a": 2.5, "rewards/sum/b": 1.0, "rewards/sum/b/c": 2.5}
+    assert parts == {"reward": -7.0, "reward/std": 1.0} | expected
+
+
+async def test_a_part_of_a_sum_that_is_wrong_is_named():
+    with pytest.raises(DataError, match=r"reward 'sum/bad' of sample policy/g0/t0\.b0@0 is nan"):
+        await scorer(sum=weighted(good=reward(length), bad=reward(lambda s: float("nan")))).score_group(group(1))
+
+
+def test_a_weighted_sum_in_a_recipe():
+    half = {"use": "overlong", "max_tokens": 8, "buffer_tokens": 4}
+    config = WeightedSum.model_validate({"use": "weighted_sum", "parts": {"a": {**half, "weight": 0.5}, "b": half}})
+    assert [p.use for p in config.nested()] == ["weighted_sum", "overlong", "overlong"]
+    for wrong, said in (
+        ({"parts": {}}, "at least 1 item"),
+        ({"parts": {"a/b": half}}, "pattern"),
+        ({"parts": {"a": {"use": "overlonk"}}}, "Did you mean 'overlong'"),
+        ({"parts": {"a": half}, "timeout_s": 5}, "timeout_s of a weighted_sum would have no effect"),
+    ):
+        with pytest.raises((ValidationError, PluginError), match=said):
+            WeightedSum.model_validate({"use": "weighted_sum", **wrong})

@@ -187,3 +187,23 @@ def test_gsm8k_training_is_deterministic(gsm8k_bpe) -> None:
         assert done.returncode == 0, done.stderr
         found.add(done.stdout.strip())
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, bpe, nested: bool) -> None:
+    """Its ids must be rows of the model's matrix, which may have more. An added token that it lacks is no reason to refuse (Gemma 3)."""
+
+    def load(vocab_size: int):
+        config = {"vocab_size": vocab_size}
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+        return load_tokenizer(tmp_path)
+
+    bpe.save_pretrained(tmp_path)
+    of_text = max(id for id in bpe.get_vocab().values() if id not in bpe.added_tokens_decoder)
+    assert of_text < len(bpe) - 1
+    for enough in (len(bpe) + 100, len(bpe), of_text + 1):
+        assert len(load(enough)) == len(bpe)
+    with pytest.raises(
+        ConfigError, match=rf"does not match the model: its token '.*' has id {of_text}, but config.json says vocab_size {of_text}"
+    ):
+        load(of_text)

@@ -53,6 +53,18 @@ def test_tensorboard_reads_every_number_back(tmp_path):
     assert read == {"loss": [(1, 0.5), (2, -0.25)], "tokens": [(1, 1200.0), (2, 1300.0)], "eval/held_out/avg@1": [(2, 0.75)]}
 
 
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for life, steps in enumerate((range(1, 6), range(3, 7))):
+        tracker = build("tensorboard", tmp_path)
+        for step in steps:
+            tracker.log(step, {"loss": float(10 * life + step)})
+        tracker.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0), (6, 16.0)]
+
+
 def test_tensorboard_writes_without_torch(tmp_path):
     import subprocess
     import sys

@@ -303,7 +303,7 @@ async def test_stats_count(tiny: Any):
     assert stats["generated_tokens"] == sum(len(g.tokens) for g in generations)
     assert stats["prefill_tokens"] == 2  # one prompt of three tokens, all but the last
     assert stats["decode_steps"] == max(len(g.tokens) for g in generations)
-    assert 0 < stats["seconds_busy"] < 60
+    assert 0 < stats["seconds_busy"] < 60 and stats["fused"] == 1
     await engine.close()
 
 

@@ -108,7 +108,7 @@ def test_models_that_change_their_logits_are_refused(tmp_path: Path, config: dic
 def test_packing_is_refused_where_samples_would_see_each_other(tmp_path: Path, config: dict[str, Any]):
     path = write_model(tmp_path, **config)
     build_trainer(path, layout="padded")
-    with pytest.raises(ConfigError, match="use layout: padded"):
+    with pytest.raises(ConfigError, match="use layout: auto or padded"):
         build_trainer(path, layout="packed")
 
 

@@ -13,7 +13,7 @@ from .sample import Group, Sample, SampleId, SamplingSpan, Status, Turn
 if TYPE_CHECKING:
     from .config import RunConfig, resolve
     from .plugins import POINTS, PluginConfig
-    from .protocols import Observation, Passage, Prompt
+    from .protocols import Observation, Passage, Prompt, Score
     from .pytorch_loop import run, update
     from .runner import Outcome, Run
 
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "config": ("RunConfig", "resolve"),
     "plugins": ("POINTS", "PluginConfig"),
-    "protocols": ("Observation", "Passage", "Prompt"),
+    "protocols": ("Observation", "Passage", "Prompt", "Score"),
     "runner": ("Outcome", "Run"),
     "pytorch_loop": ("run", "update"),
 }
@@ -84,6 +84,7 @@ __all__ = [
     "Sample",
     "SampleId",
     "SamplingSpan",
+    "Score",
     "Status",
     "Turn",
     "advantage",

@@ -18,7 +18,7 @@ from .loop import Loop
 from .models import materialize
 from .observer import Observer
 from .producer import Producer
-from .protocols import BuildContext, Cluster, DataSource, LossTerm, Players, RolloutEngine, Tokenizer, Tracker, Trainer
+from .protocols import BuildContext, Cluster, DataSource, LossTerm, NeedsTokenizer, Players, RolloutEngine, Tokenizer, Tracker, Trainer
 from .run_dir import RunDir
 from .scoring import Scorer
 from .tokenizers import load_tokenizer
@@ -51,6 +51,7 @@ async def assemble(
         config.name,
         config.seed,
         device=device_of(config),
+        bitwise=config.numerics == "bitwise",
         total_steps=stage.steps,
         stage=stage,
         stage_name=origin.stage,
@@ -70,8 +71,11 @@ async def assemble(
         )
         for name, model in stage.models.items()
     }
-    trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
     policies = tuple(name for name, model in stage.models.items() if model.has_samples)
+    if isinstance(data, NeedsTokenizer) and policies[0] in tokenizers:
+        for sentence in await asyncio.to_thread(data.use_tokenizer, tokenizers[policies[0]]):
+            observer.note(sentence)
+    trainers = {name: build_trainer(model, contexts[name]) for name, model in stage.models.items()}
     engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
     players = Players(config.name, config.seed, policies, engines, tokenizers, {n: len(t) for n, t in tokenizers.items()})
 
@@ -115,9 +119,11 @@ async def assemble(
 
 
 def device_of(config: RunConfig) -> str:
-    """``cpu`` or ``cuda``; auto takes CUDA where there is any."""
+    """``cpu`` or ``cuda``; auto takes CUDA where there is any, and it can be used."""
     if config.device != "auto":
         return config.device
+    if config.numerics == "bitwise":
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +160,10 @@ def texts_of(data: DataSource) -> Iterator[str]:
 
 def build_trainer(model: ModelConfig, context: BuildContext) -> Trainer:
     """A trainer with its loss terms and aggregation."""
-    losses = {name: LossTerm(loss.build(context), loss.coefficient, loss.unit) for name, loss in model.losses.items()}
+    losses = {
+        name: LossTerm(loss.build(context), loss.coefficient, loss.unit, loss.proportional_to_advantage)
+        for name, loss in model.losses.items()
+    }
     return model.trainer.build(replace(context, losses=losses, aggregation=model.aggregation.build(context)))
 
 

@@ -212,7 +212,10 @@ class Batch:
 
     def rows_of(self, samples: np.ndarray) -> np.ndarray:
         """Row indices (int64) of the given samples, end to end."""
-        return np.concatenate([np.arange(self.cu_seqlens[s], self.cu_seqlens[s + 1]) for s in samples] or [np.zeros(0, np.int64)])
+        samples = np.asarray(samples, np.int64)
+        lengths = self.lengths[samples]
+        before = np.cumsum(lengths) - lengths
+        return np.repeat(self.cu_seqlens[samples] - before, lengths) + np.arange(lengths.sum())
 
     def select(self, samples: Sequence[int] | np.ndarray) -> Batch:
         """Some of the samples as a part (shard, micro-batch) of the same optimizer step: the denominators stay."""

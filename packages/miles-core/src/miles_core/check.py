@@ -14,6 +14,8 @@ def check(config: RunConfig) -> None:
     problems, trained = [], set()
     for name, stage in config.stages.items():
         problems += [f"stage {name}: {p}" for p in _stage_problems(stage, frozenset(trained))]
+        if config.numerics == "bitwise":
+            problems += [f"stage {name}: {p}" for p in _bitwise_problems(config, stage)]
         trained |= {model_name for model_name, model in stage.models.items() if model.learns}
     if not config.stages:
         problems.append("the recipe has no stages; leave the key out for a single one")
@@ -27,6 +29,7 @@ def missing(config: RunConfig) -> list[str]:
     """What this machine lacks for the run, each a sentence; looked for before anything is built, lest a later stage find out."""
     models = [model for stage in config.stages.values() for model in stage.models.values()]
     parts = [plugin for model in models for plugin in (model.trainer, model.engine) if plugin is not None]
+    parts += [p for stage in config.stages.values() for one in (*stage.rewards.values(), *stage.evaluators.values()) for p in one.nested()]
     return list(dict.fromkeys(f"{p.point} {p.use!r}: {sentence}" for p in parts for sentence in p.missing()))
 
 
@@ -51,6 +54,15 @@ def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str
         value = getattr(stage, field)
         for plugin in value.values() if isinstance(value, dict) else [value]:
             yield from (f"{field} {inner.use}: {p}" for inner in plugin.nested() for p in inner.problems(stage))
+
+
+def _bitwise_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    if config.device == "cuda":
+        yield "numerics: bitwise is for a CPU so far; set device: cpu"
+    for name, model in stage.models.items():
+        for kind, plugin in (("trainer", model.trainer), ("engine", model.engine)):
+            if plugin is not None:
+                yield from (f"model {name}: {kind} {plugin.use!r} {problem}" for problem in plugin.bitwise_problems())
 
 
 def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:

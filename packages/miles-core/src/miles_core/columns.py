@@ -194,9 +194,9 @@ def concat_columns(spec: ColumnSpec, columns: Sequence[Column]) -> Column:
     """One column after another; all of one dtype and trailing shape."""
     if spec.kind != "attachment":
         arrays = [c.values if isinstance(c, Ragged) else c for c in columns if not isinstance(c, Attachments)]
-        forms = {f"{a.dtype.name} {list(a.shape[1:])}" for a in arrays}
-        if len(forms) > 1:
-            raise DataError(f"column {spec.name!r}: cannot concatenate different dtypes or trailing shapes: {', '.join(sorted(forms))}")
+        if len({(a.dtype, a.shape[1:]) for a in arrays}) > 1:
+            forms = sorted({f"{a.dtype.name} {list(a.shape[1:])}" for a in arrays})
+            raise DataError(f"column {spec.name!r}: cannot concatenate different dtypes or trailing shapes: {', '.join(forms)}")
     if spec.kind == "ragged":
         parts = [c for c in columns if isinstance(c, Ragged)]
         shifts = np.cumsum([0] + [len(c.values) for c in parts])

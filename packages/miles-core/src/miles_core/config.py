@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
-from .plugins import PluginConfig, add_import_directories, config_class, import_module, plug
+from .plugins import LossConfig, PluginConfig, add_import_directories, config_class, import_module, plug
 from .recipe import KeyPath, Recipe, load_recipe, merge
 from .tokenizers import TokenizerConfig
 
@@ -87,11 +87,17 @@ class ModelConfig(Tree):
         parts = [self.advantage, *self.losses.values(), *self.corrections.values(), *kl, self.aggregation]
         return [inner for part in parts if part is not None for inner in part.nested()]
 
-    def required(self) -> frozenset[str]:
-        """Columns that its algorithms need."""
+    def required(self, optimizer_steps: int) -> frozenset[str]:
+        """Columns that its algorithms need before the step.
+
+        Args:
+            optimizer_steps: That a batch is used for. In an only one a trainer may know ``old_logprobs`` itself.
+        """
         kl = frozenset({"old_logprobs", "ref_logprobs"}) if self.kl_reward else frozenset()
         corrected = frozenset({"old_logprobs", "logprobs"}) if self.corrections else frozenset()
-        return kl.union(corrected, *(a.required() for a in self.algorithms()))
+        known = self.trainer.knows_old_logprobs and optimizer_steps == 1
+        parts = (a.required_before() if known and isinstance(a, LossConfig) else a.required() for a in self.algorithms())
+        return kl.union(corrected, *parts)
 
 
 class Deadlines(Tree):
@@ -169,6 +175,10 @@ class RunConfig(Tree):
     runs_dir: Path = Path("runs")
     """Where run directories are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    numerics: Literal["default", "bitwise"] = "default"
+    """bitwise: engine and trainer give a token the same log-probability to the last bit, whatever it is batched with, and a resumed run
+    goes on exactly as if it had not been interrupted. On a CPU, in float32, with engine local and trainer torch; slower
+    (docs/numerics.md)."""
     cluster: plug("cluster") = Field(default={"use": "processes"}, validate_default=True)  # ty: ignore
     """Where the ranks of models that are spread over several processes run."""
     trackers: named(plug("tracker")) = Field(default={"tensorboard": {"use": "tensorboard"}}, validate_default=True)  # ty: ignore
@@ -199,7 +209,11 @@ class RunConfig(Tree):
             "control_timeout_s",
         }
         gates = {"__all__": {"trainer": {"gates"}, "engine": where}}  # a run that a gate stopped may go on with a wider one
-        how_long = {"rewards": {"__all__": {"timeout_s"}}, "deadlines": True, "every": True, "models": gates}
+        asked: dict[str, Any] = dict.fromkeys(("timeout_s", "url", "base_url", "attempts", "concurrency", "key_variable"), True)
+        asked["parts"] = {"__all__": asked}  # a weighted_sum may hold another
+        rewards = {"__all__": asked}
+        evaluators = {"__all__": {"rewards": rewards}}
+        how_long = {"rewards": rewards, "evaluators": evaluators, "deadlines": True, "every": True, "models": gates}
         aside = dict.fromkeys(("runs_dir", "cluster", "trackers", "hooks", "keep_checkpoints", "import_from", "import_modules"), True)
         data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
         return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()

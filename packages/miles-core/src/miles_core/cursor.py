@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import DataError
-from .protocols import DataSource, Prompt
+from .protocols import DataSource, Ordered, Prompt
 from .randomness import shuffled
 
 
@@ -27,13 +27,17 @@ class Cursor:
         if len(self.source) == 0:
             raise DataError("the data source is empty: no prompt to train on")
 
+    def place(self, position: int) -> tuple[int, int]:
+        """Epoch, and index in the source, of ``position``."""
+        if isinstance(self.source, Ordered):
+            return self.source.place(position, self.seed, self.shuffle)
+        epoch, index = divmod(position, len(self.source))
+        return epoch, shuffled(index, len(self.source), self.seed, "epoch", epoch) if self.shuffle else index
+
     def epoch(self, position: int) -> int:
-        """How often the source was gone through before ``position``."""
-        return position // len(self.source)
+        """How often the source (of a mixture: the part that is drawn from) was gone through before ``position``."""
+        return self.place(position)[0]
 
     def prompt(self, position: int) -> Prompt:
         """The prompt at ``position``."""
-        epoch, index = divmod(position, len(self.source))
-        if self.shuffle:
-            index = shuffled(index, len(self.source), self.seed, "epoch", epoch)
-        return self.source[index]
+        return self.source[self.place(position)[1]]

@@ -10,17 +10,29 @@ import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .buffer import Counts
-from .errors import CheckpointError
+from .disk import os_error, trouble
+from .errors import CheckpointError, RunError
 from .refs import GroupRef
 from .sample import Group
 from .sample_io import load_samples, save_samples
 
 FORMAT = "miles-cut-1"
+MANIFEST = "manifest.json"
+_committing = threading.Lock()
+"""A commit that nobody waits for any more (Ctrl-C twice) still runs in its thread; the next cut waits for it."""
+
+
+class CutNotWritten(RunError):
+    """A cut could not be written; those before it are as they were."""
 
 
 @dataclass(frozen=True)
@@ -52,63 +64,108 @@ class CutState:
         return Counts(**self.counts)
 
 
-def begin(checkpoints: Path, global_step: int) -> Path:
-    """An empty directory to write a cut's files into; unfinished ones of an earlier life go."""
-    for unfinished in checkpoints.glob("step-*.partial"):
-        shutil.rmtree(unfinished)
+@contextmanager
+def begin(checkpoints: Path, global_step: int) -> Generator[Path]:
+    """An empty directory to write a cut's files into, for as long as that takes, ``commit`` included.
+
+    What was written is removed if writing fails, so that a full disk is no fuller than before, and so are unfinished cuts of an
+    earlier life.
+
+    Raises:
+        CutNotWritten: The disk takes no more. Says how much the cut before needed and how much is free.
+    """
     partial = checkpoints / f"step-{global_step:06d}.partial"
-    partial.mkdir(parents=True)
-    return partial
+    try:
+        with _committing:
+            for unfinished in checkpoints.glob("step-*.partial"):
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
+        yield partial
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (cause := os_error(error)) is None:
+            raise
+        raise CutNotWritten(_not_written(checkpoints, global_step, cause)) from error
 
 
 def commit(partial: Path, state: CutState, ready: list[GroupRef], keep: int) -> Path:
-    """Write the buffer and the manifest (last), give the cut its name, remove all but it and the ``keep`` − 1 before it."""
-    if ready:
-        save_samples(partial / "buffer.safetensors", [s for g in ready for s in g.get().samples])
-    manifest = {"format": FORMAT, "state": asdict(state), "files": _describe(partial)}
-    temporary = partial / "manifest.json.partial"
-    with temporary.open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, partial / "manifest.json")
-    final = partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    cuts = _newest_first(final.parent)  # one of a later step is damaged, or the run would have gone on from there
-    for old in cuts[cuts.index(final) + keep :]:
-        shutil.rmtree(old)
+    """Write the buffer and the manifest (last), give the cut its name, remove all but it and the ``keep`` − 1 before it.
+
+    Everything is on the disk itself, not only with the operating system, before the next thing that relies on it is done.
+    """
+    with _committing:
+        if ready:
+            save_samples(partial / "buffer.safetensors", [s for g in ready for s in g.get().samples])
+        sync(partial)
+        manifest = {"format": FORMAT, "miles": _version(), "state": asdict(state), "files": _describe(partial)}
+        temporary = partial / f"{MANIFEST}.partial"
+        with temporary.open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, partial / MANIFEST)
+        _sync_one(partial)
+        final = _give_name(partial)
+        cuts = _newest_first(final.parent)  # one of a later step is damaged, or the run would have gone on from there
+        for old in cuts[cuts.index(final) + keep :]:
+            shutil.rmtree(old)
     return final
 
 
 def newest(checkpoints: Path, expected_hash: str) -> tuple[Path, CutState, list[str]]:
-    """The newest complete cut of this configuration.
+    """The newest complete cut of this configuration. One that only lacked its name gets it.
 
     Returns:
         Its directory, its state, and a sentence for each one that was passed over: unfinished, or newer and damaged.
 
     Raises:
-        CheckpointError: There is none, or it belongs to another configuration.
+        CheckpointError: There is none, or it belongs to another configuration or version of Miles.
     """
-    passed_over = [f"{p.name} was not finished and was passed over" for p in sorted(checkpoints.glob("step-*.partial"))]
+    passed_over: list[str] = []
+    for partial in sorted(checkpoints.glob("step-*.partial")):
+        if (partial / MANIFEST).is_file():  # killed between its last two moments
+            _give_name(partial)
+        else:
+            passed_over.append(f"{partial.name} was not finished and was passed over")
     for directory in _newest_first(checkpoints):
         try:
-            manifest = json.loads((directory / "manifest.json").read_text())
-            if manifest.get("format") != FORMAT:
-                raise CheckpointError(f"format {manifest.get('format')!r}, expected {FORMAT!r}")
+            manifest = json.loads((directory / MANIFEST).read_text())
+            _check_format(directory, manifest)
             _verify(directory, manifest["files"])
             state = CutState(**manifest["state"])
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
-            passed_over.append(f"{directory.name} is damaged ({error}) and was passed over")
+        except (OSError, ValueError, KeyError, TypeError, _Damaged) as error:
+            passed_over.append(f"{directory.name} is damaged ({_reason(error)}) and was passed over")
             continue
         if state.config_hash != expected_hash:
+            writer = manifest["miles"]
+            fix = "Put the run's own config.yaml back" if writer == _version() else f"Resume it with Miles {writer}, which wrote it"
             raise CheckpointError(
-                f"{directory} was written by another configuration (hash {state.config_hash}, config.yaml has {expected_hash}). "
-                "Put the run's own config.yaml back, or start a new run."
+                f"{directory} was written by another configuration (hash {state.config_hash}, config.yaml has {expected_hash}). {fix}, "
+                "or start a new run."
             )
         return directory, state, passed_over
     details = "; ".join(passed_over) or "no step was saved before the run ended"
     raise CheckpointError(f"{checkpoints} holds no complete cut: {details}. Start the run anew with miles run.")
+
+
+def any_finished(checkpoints: Path) -> bool:
+    """Whether a cut was ever finished, be it damaged since."""
+    return bool(_newest_first(checkpoints)) or any(checkpoints.glob(f"step-*.partial/{MANIFEST}"))
+
+
+def read(directory: Path) -> CutState:
+    """What one cut says, once all its files are found to be what it says of them; nothing is changed, so that a run may go on meanwhile.
+
+    Raises:
+        CheckpointError: It is damaged, or another version of Miles wrote it.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        _check_format(directory, manifest)
+        _verify(directory, manifest["files"])
+        return CutState(**manifest["state"])
+    except (OSError, ValueError, KeyError, TypeError, _Damaged) as error:
+        raise CheckpointError(f"{directory} is damaged: {_reason(error)}. Use another step's.") from error
 
 
 def read_ready(directory: Path, state: CutState) -> list[GroupRef]:
@@ -119,9 +176,45 @@ def read_ready(directory: Path, state: CutState) -> list[GroupRef]:
     return [GroupRef.of(Group(id, [next(samples) for _ in range(n)]), position) for id, position, n in state.ready]
 
 
+def sync(directory: Path) -> None:
+    """Have everything in a directory on the disk itself."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        _sync_one(path)
+    _sync_one(directory)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _give_name(partial: Path) -> Path:
+    """Make a complete cut one that counts, in place of one of the same step. Killed in between, ``newest`` does it again."""
+    final = partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync_one(final.parent)
+    return final
+
+
 def _newest_first(checkpoints: Path) -> list[Path]:
     cuts = {int(found[1]): p for p in checkpoints.glob("step-*") if (found := re.fullmatch(r"step-(\d+)", p.name))}
     return [cuts[step] for step in sorted(cuts, reverse=True)]
+
+
+class _Damaged(Exception):
+    """A cut is not what its manifest says."""
+
+
+def _check_format(directory: Path, manifest: dict[str, Any]) -> None:
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{directory} has the format {manifest['format']!r}, written by Miles {manifest['miles']}; Miles "
+            f"{_version()} reads {FORMAT!r}. Resume the run with the version that wrote it."
+        )
 
 
 def _describe(directory: Path) -> dict[str, dict[str, Any]]:
@@ -133,11 +226,32 @@ def _verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, wanted in files.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{name} is missing")
+            raise _Damaged(f"{name} is missing; the manifest says {wanted['bytes']} bytes")
         if path.stat().st_size != wanted["bytes"]:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, the manifest says {wanted['bytes']}")
-        if _digest(path) != wanted["blake2b"]:
-            raise CheckpointError(f"{name} holds other bytes than the manifest says")
+            raise _Damaged(f"{name} has {path.stat().st_size} bytes; the manifest says {wanted['bytes']}")
+        if (found := _digest(path)) != wanted["blake2b"]:
+            raise _Damaged(f"{name} has the hash {found}; the manifest says {wanted['blake2b']}")
+
+
+def _reason(error: Exception) -> str:
+    """Why a cut is taken for damaged."""
+    if isinstance(error, _Damaged):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"{MANIFEST} is missing"
+    return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+
+
+def _not_written(checkpoints: Path, step: int, error: OSError) -> str:
+    """The sentence of a cut that could not be written."""
+    before = next(iter(_newest_first(checkpoints)), None)
+    size = sum(p.stat().st_size for p in before.rglob("*") if p.is_file()) if before else 0
+    last = f"The last good cut, {before.name}, takes {size:,} bytes" if before else "There is no cut before it"
+    return f"the cut of step {step} cannot be written: {trouble(checkpoints, error)} {last}."
+
+
+def _version() -> str:
+    return metadata.version("miles-core")
 
 
 def _digest(path: Path) -> str:

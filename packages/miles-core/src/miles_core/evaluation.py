@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from .errors import InfrastructureFailure, RunError
 from .plugins import PluginConfig, plug
 from .protocols import BuildContext, DataSource, Evaluation, Players, Rollout
 from .rollouts.trajectories import Sampling, Trajectories
@@ -87,5 +88,8 @@ class SampledEvaluator:
     async def _group(self, players: Players, index: int) -> list[Sample]:
         prompt = self.data[index]
         samples = await self.rollout(prompt, players.context(f"eval-{prompt.id}", -1, evaluating=True))
-        await self.scorer.score_group(samples)
+        try:
+            await self.scorer.score_group(samples)
+        except InfrastructureFailure as failure:  # an evaluation is not issued again
+            raise RunError(str(failure)) from failure
         return samples

@@ -32,6 +32,7 @@ class Learner:
         kl_reward: The built KL estimator and coefficient of a penalty in the reward, None without.
         metrics: What was noticed about the batch in hand.
         trained_something: Whether a model has taken its step on the batch in hand.
+        seen: Columns of the batch in hand that its trainers computed while they trained and nobody had asked for.
     """
 
     policy: str
@@ -44,6 +45,7 @@ class Learner:
     kl_reward: tuple[Kl, float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     trained_something: bool = False
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
 
     def model(self, name: str) -> ModelConfig:
         """A model's configuration."""
@@ -78,7 +80,8 @@ class Learner:
 
     async def annotate(self, batch: Batch) -> Batch:
         """Add the columns that the algorithms need and models give: old, reference, values. Nothing else is computed."""
-        needs = frozenset().union(*(self.model(n).required() for n in self.trainers if self.model(n).learns))
+        steps = self.stage.epochs * self.stage.minibatches
+        needs = frozenset().union(*(self.model(n).required(steps) for n in self.trainers if self.model(n).learns))
         for name, trainer in self.trainers.items():
             wanted = frozenset(needs & ROLE_GIVES[self.model(name).role])
             if wanted:
@@ -119,11 +122,13 @@ class Learner:
             stage_step: Steps of the stage that are done; models that are frozen until later are left out.
         """
         metrics = dict(self.metrics)
+        self.seen = {}
         for name, trainer in self.trainers.items():
             if self.model(name).learns and stage_step >= self.model(name).frozen_steps:
                 what = f"model {name} to train one step"
                 report: StepReport = await deadline(trainer.step(batch), self.stage.deadlines.train, "the loop", what)
                 self.trained_something = True
+                self.seen |= {n: c for n, c in report.columns.items() if n not in batch.columns}
                 prefix = "" if name == self.policy else f"{name}/"
                 metrics |= {prefix + k: v for k, v in report.metrics.items()} | {f"{prefix}optimizer_steps": report.optimizer_steps}
         return metrics

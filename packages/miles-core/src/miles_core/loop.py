@@ -137,11 +137,17 @@ class Loop:
                     raise
         self.step += 1
         self._between_steps = True
-        await self.hooks.fire("after_step", self)
-        with self._phase("publish"):
-            await self._publish()
-        await self.buffer.published()
-        await self._record(batches, began)
+        try:
+            await self.hooks.fire("after_step", self)
+            with self._phase("publish"):
+                await self._publish()
+            await self.buffer.published()
+            await self._record(batches)
+        finally:  # whatever fails after it, a step that was trained has its row: resume does not do it again
+            self._log(batches, began)
+        every = self.stage.every.checkpoint
+        if every and self.step % every == 0 and self.step < self.stage.steps:
+            await self._save()
 
     async def _batch(self, learner: Learner, groups: list[GroupRef]) -> Batch:
         """What a learner is trained on in this step."""
@@ -176,28 +182,28 @@ class Loop:
             trainer.version = self.version
         await self.hooks.fire("after_publish", self)
 
-    async def _record(self, batches: list[Batch], began: float) -> None:
+    async def _record(self, batches: list[Batch]) -> None:
         every = self.stage.every
-        refs = [r for b in batches for r in b.refs]
-        self.row |= rollout_metrics(refs) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
         if every.trajectories and self.step % every.trajectories == 0:
             with self._phase("save"):
                 self._write_trajectories(batches)
-        last = self.step == self.stage.steps
-        if last or self.stopping or (every.evaluate and self.step % every.evaluate == 0):
+        if self.step == self.stage.steps or self.stopping or (every.evaluate and self.step % every.evaluate == 0):
             await self._evaluate()
+
+    def _log(self, batches: list[Batch], began: float) -> None:
+        refs = [r for b in batches for r in b.refs]
+        self.row |= rollout_metrics(refs) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
         seconds = time.perf_counter() - began
         self.row |= {"seconds": seconds, "tokens_per_second": sum(r.sampled for r in refs) / seconds}
         for tracker in self.trackers:
             tracker.log(self.version, self.row)
         self.observer.step({"step": self.version, **self.row})
-        if every.checkpoint and self.step % every.checkpoint == 0 and not last:
-            await self._save()
 
     def _write_trajectories(self, batches: list[Batch]) -> None:
         samples = []
-        for batch in batches:
-            for name in [n for n in batch.columns if n not in ("versions", "loss_mask", "logprobs")]:
+        for learner, packed in zip(self.learners, batches, strict=True):
+            batch = packed.with_columns(learner.seen)
+            for name in [n for n in batch.columns if n not in ("versions", "logprobs")]:  # the loss mask is what filters left of it
                 for ref, column in zip(batch.refs, batch.unpack(name), strict=True):
                     ref.get().columns[name] = column
             samples += [r.get() for r in batch.refs]
@@ -220,8 +226,7 @@ class Loop:
         """Take a cut; see ``cut``."""
         if self.saved_step == self.step:
             return
-        with self._phase("save"):
-            partial = cut.begin(self.run_dir.checkpoints, self.version)
+        with self._phase("save"), cut.begin(self.run_dir.checkpoints, self.version) as partial:
             for name, trainer in self.learning().items():
                 directory = partial / "models" / name
                 directory.mkdir(parents=True)
@@ -247,13 +252,17 @@ class Loop:
 
     async def _rescue(self, error: BaseException) -> None:
         """Save the last consistent state if there is one that is not on disk, say so on the error, and tell the hooks."""
-        if self.step > max(self.saved_step, 0) and self._between_steps:
+        what = "What was learned"
+        if isinstance(error, cut.CutNotWritten):
+            what += " until the last good cut"
+        elif self.step > max(self.saved_step, 0) and self._between_steps:
             try:
                 await self._save()
             except Exception as second:
                 error.add_note(f"The state after step {self.version} could not be saved either: {second}")
+                what += " until the last good cut"
         if self.saved_step >= 0 or any(self.run_dir.checkpoints.glob("step-*/manifest.json")):
-            error.add_note(f"What was learned is saved. Go on with: miles resume {self.run_dir.path}")
+            error.add_note(f"{what} is saved. Go on with: miles resume {self.run_dir.path}")
         if isinstance(error, Exception):
             try:
                 await self.hooks.fire("on_failure", self)
@@ -281,4 +290,8 @@ def rollout_metrics(refs: Sequence[SampleRef]) -> dict[str, float | int | str]:
     }
     if rewards:
         out |= {"reward": float(np.mean(rewards)), "reward/std": float(np.std(rewards))}
-    return out
+    parts: dict[str, list[float]] = {}
+    for trajectory in {(r.id.policy, r.id.group, r.id.trajectory): r.rewards for r in refs}.values():
+        for name, value in trajectory.items():
+            parts.setdefault(name, []).append(value)
+    return out | {f"rewards/{name}": float(np.mean(values)) for name, values in parts.items()}

@@ -24,7 +24,7 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PydanticUserError, SerializeAsAny, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PydanticUserError, SerializeAsAny, create_model
 
 from . import protocols
 from .errors import MilesError, PluginError
@@ -63,8 +63,9 @@ class PluginConfig(BaseModel):
         return {n: v.build(context) if isinstance(v, PluginConfig) else v for n, v in self.options().items()}
 
     def nested(self) -> list[PluginConfig]:
-        """This one and every plug-in that is an option of it."""
-        values = (getattr(self, name) for name in type(self).model_fields)
+        """This one and every plug-in that is an option of it, or a value of an option that is a mapping by name."""
+        options = (getattr(self, name) for name in type(self).model_fields)
+        values = (v for option in options for v in (option.values() if isinstance(option, dict) else [option]))
         return [self, *(inner for v in values if isinstance(v, PluginConfig) for inner in v.nested())]
 
     def required(self) -> frozenset[str]:
@@ -103,14 +104,24 @@ class PluginConfig(BaseModel):
         return built
 
 
-class TrainerConfig(PluginConfig):
+class ModelPart(PluginConfig):
+    """What trainers and engines have in common."""
+
+    def bitwise_problems(self) -> list[str]:
+        """Why it cannot give a token the same bits in any batch (``numerics: bitwise``); empty if it can."""
+        return ["cannot do numerics: bitwise; engine local and trainer torch can"]
+
+
+class TrainerConfig(ModelPart):
     """What every trainer has beside its own options."""
 
     brings_weights: ClassVar[bool] = False
     """Whether it has its model and loss itself (``@miles.update``), so that the recipe names neither."""
+    knows_old_logprobs: ClassVar[bool] = False
+    """Whether, in a batch's only optimizer step, losses find ``old_logprobs`` in its own pass where nobody annotated them."""
 
 
-class EngineConfig(PluginConfig):
+class EngineConfig(ModelPart):
     """What every rollout engine has beside its own options."""
 
     in_process: ClassVar[bool] = True
@@ -143,9 +154,15 @@ class LossConfig(PluginConfig):
     """What the loss is a function of; packing and sharding never split one."""
     head: ClassVar[str] = "language"
     """What it reads of the model that learns: ``language`` (logprobs, entropy) or ``scalar`` (values)."""
+    proportional_to_advantage: ClassVar[bool] = False
+    """Whether value and gradient of a row are 0 wherever the advantages of its whole sample are: such samples may be skipped."""
 
     coefficient: float = 1.0
     """Factor of this term in the sum of terms."""
+
+    def required_before(self) -> frozenset[str]:
+        """Columns that must be there before the step, even if its own pass tells ``old_logprobs``; ``required`` unless that is enough."""
+        return self.required()
 
     def columns_from(self, batch: Batch, seed: int) -> dict[str, np.ndarray]:
         """Columns [N] that the term reads and that are a matter of the whole batch, after advantages and corrections; none here."""
@@ -157,11 +174,17 @@ class RewardConfig(PluginConfig):
 
     unit: ClassVar[str] = "sample"
     """``sample``, ``group`` or ``batch``: what it is called with."""
+    keeps_time: ClassVar[bool] = False
+    """Whether it holds ``timeout_s`` itself, because calls wait for each other in it and that wait is not theirs."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, allow_inf_nan=False)
     """Its part in the sum of rewards."""
-    timeout_s: float = 60.0
+    timeout_s: float = Field(60.0, gt=0)
     """Deadline of one call, in seconds; past it the run stops and says which sample."""
+
+    def called_with(self) -> str:
+        """``unit`` with these options."""
+        return self.unit
 
 
 @dataclass(frozen=True)
@@ -321,7 +344,8 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
     except MilesError:
         raise
     except Exception as error:
-        raise PluginError(f"{point} {use!r} of {origin} does not import: {_import_advice(error)}") from error
+        fix = "" if ":" in use else ". Update that package, or uninstall it"
+        raise PluginError(f"{point} {use!r} of {origin} does not import: {_import_advice(error, fix)}") from error
     if inspect.isclass(obj) and issubclass(obj, PluginConfig):
         if obj.point != point:
             raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
@@ -410,13 +434,13 @@ def factory(obj: Any, options: dict[str, Any], point: Point, origin: str) -> Cal
     return functools.partial(obj, **options)
 
 
-def _import_advice(error: Exception) -> str:
+def _import_advice(error: Exception, fix: str = "") -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         extra = EXTRAS.get(error.name.split(".")[0])
         if extra:
             return f"{error.name!r} is not installed; it comes with the extra {extra}: pip install '{extra}'"
-        return f"module {error.name!r} is not installed (or not beside the recipe)"
-    return f"{type(error).__name__}: {error}"
+        return f"module {error.name!r} is not installed{fix or ' (or not beside the recipe)'}"
+    return f"{type(error).__name__}: {error}{fix}"
 
 
 EXTRAS = {
@@ -425,6 +449,8 @@ EXTRAS = {
     "datasets": "miles-core[data]",
     "pyarrow": "miles-core[data]",
     "math_verify": "miles-core[math]",
+    "httpx": "miles-core[rewards]",
+    "regex": "miles-core[rewards]",
     "tensorboard": "miles-core[report]",
     "matplotlib": "miles-core[report]",
     "ray": "miles-core[ray]",

@@ -102,31 +102,31 @@ class Producer:
             await self.buffer.fail(error)
 
     async def _play(self, prompt: Prompt, context: RolloutContext) -> Group:
-        samples = await self._sample(prompt, context)
+        for attempt in range(self.attempts):
+            try:
+                samples = await self._sample(prompt, replace(context, attempt=attempt))
+                await self.scorer.score_group(samples)
+                return Group(context.group, samples)
+            except InfrastructureFailure as failure:  # of an engine, a world, or a service that scores
+                last = failure
+        raise RunError(f"group {context.group} failed {self.attempts} times, last: {last}") from last
+
+    async def _sample(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
+        try:
+            samples = await call(self.rollout, prompt, context)
+        except (MilesError, InfrastructureFailure):
+            raise
+        except Exception as error:
+            raise RunError(f"rollout of group {context.group} failed: {type(error).__name__}: {error}") from error
+        _check_ended(samples)
+        if not samples:
+            raise DataError(f"rollout of group {context.group} gave no samples; it gives at least one a trajectory")
         _check_ids(samples, context)
         for sample in samples:
             if sample.id.policy not in self.players.policies:
                 raise DataError(f"sample {sample.id} belongs to no policy of this stage ({', '.join(self.players.policies)})")
             sample.validate(vocab_size=self.players.vocab_sizes.get(sample.id.policy), rl=sample.n_sampled > 0)
-        await self.scorer.score_group(samples)
-        return Group(context.group, samples)
-
-    async def _sample(self, prompt: Prompt, context: RolloutContext) -> list[Sample]:
-        for attempt in range(self.attempts):
-            try:
-                samples = await call(self.rollout, prompt, replace(context, attempt=attempt))
-                _check_ended(samples)
-            except InfrastructureFailure as failure:
-                last: Exception = failure
-            except MilesError:
-                raise
-            except Exception as error:
-                raise RunError(f"rollout of group {context.group} failed: {type(error).__name__}: {error}") from error
-            else:
-                if not samples:
-                    raise DataError(f"rollout of group {context.group} gave no samples; it gives at least one a trajectory")
-                return samples
-        raise RunError(f"group {context.group} failed {self.attempts} times, last: {last}") from last
+        return samples
 
     def _reason_to_drop(self, group: Group) -> str | None:
         wanted = getattr(getattr(self.rollout, "config", None), "group_size", 1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import asyncio
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cut
+from . import cut, disk
 from .assembly import Origin, assemble, close, start
 from .check import check, missing
 from .config import RunConfig
@@ -63,21 +63,39 @@ class Run:
     async def start(self) -> Outcome:
         """A new run in a new directory. Raises MilesError; what was learned until then is saved."""
         run_dir = RunDir.create(self.config.runs_dir, self.config.name)
-        run_dir.config.write_text(self.config.to_yaml())
-        first = next(iter(self.config.stages))
-        return await self._stages(run_dir, Origin(first, 0))
+        with disk.sentences(run_dir.path), run_dir.writing():
+            run_dir.write_config(self.config.to_yaml())
+            first = next(iter(self.config.stages))
+            return await self._stages(run_dir, Origin(first, 0))
 
     async def resume(self, run_dir: RunDir) -> Outcome:
-        """Go on from the newest complete cut. Raises CheckpointError when there is none or nothing is left to do."""
-        directory, state, damaged = cut.newest(run_dir.checkpoints, self.config.fingerprint())
-        for sentence in damaged:
-            self.observer.note(sentence)
+        """Go on from the newest complete cut; from the beginning if the run ended before it came to one.
+
+        Raises:
+            CheckpointError: Every cut is damaged, or belongs to another configuration or version of Miles.
+            RunError: Nothing is left to do, or another process writes to this run.
+        """
+        with disk.sentences(run_dir.path), run_dir.writing():
+            return await self._stages(run_dir, self._origin(run_dir))
+
+    def _origin(self, run_dir: RunDir) -> Origin:
+        """Where a run goes on. What its earlier life left beyond that becomes void."""
+        run_dir.check_format()
+        run_dir.clear_unfinished()
         names = list(self.config.stages)
-        if state.stage == names[-1] and state.step >= self.config.stages[state.stage].steps and (run_dir.models / "final").is_dir():
-            raise RunError(f"{run_dir.path} is finished ({state.global_step} steps); there is nothing left to resume")
-        void = run_dir.void_rows_after(state.global_step)
-        self.observer.note(f"Going on after step {state.global_step}" + (f"; {void} later metric rows are void" if void else "") + ".")
-        return await self._stages(run_dir, Origin(state.stage, state.global_step - state.step, directory, state))
+        origin, version, done = Origin(names[0], 0), 0, {}
+        if cut.any_finished(run_dir.checkpoints):
+            directory, state, passed_over = cut.newest(run_dir.checkpoints, self.config.fingerprint())
+            for sentence in passed_over:
+                self.observer.note(sentence)
+            if state.stage == names[-1] and state.step >= self.config.stages[state.stage].steps and (run_dir.models / "final").is_dir():
+                raise RunError(f"{run_dir.path} is finished ({state.global_step} steps); there is nothing left to resume")
+            origin, version = Origin(state.stage, state.global_step - state.step, directory, state), state.global_step
+            done = {n: self.config.stages[n].steps for n in names[: names.index(state.stage)]} | {state.stage: state.step}
+        last = run_dir.make_void(done, version)
+        again = f" Steps {version + 1} to {last} were not saved; they are done again." if last > version else ""
+        self.observer.note((f"Going on after step {version}." if version else "No step was saved; beginning anew.") + again)
+        return origin
 
     async def _stages(self, run_dir: RunDir, origin: Origin) -> Outcome:
         context = BuildContext(run_dir.path, self.config.name, self.config.seed)
@@ -95,10 +113,6 @@ class Run:
                 if done < self.config.stages[name].steps:
                     return Outcome(run_dir.path, origin.first_step + done, finished=False)
             return Outcome(run_dir.path, origin.first_step + done, finished=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise with_notes(RunError(f"the disk of {run_dir.path} is full ({error}). Make room."), error) from error
-            raise
         finally:
             await cluster.close()
             for tracker in trackers:
@@ -129,12 +143,6 @@ async def export(trainers: Mapping[str, Trainer], directory: Path, idle: Sequenc
         await trainer.export(partial / name)
     for model in idle:
         shutil.copytree(model, partial / model.name)
+    await asyncio.to_thread(cut.sync, partial)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
-
-
-def with_notes(error: Exception, source: BaseException) -> Exception:
-    """The notes of one error on another (what was saved, how to resume)."""
-    for note in getattr(source, "__notes__", []):
-        error.add_note(note)
-    return error

@@ -72,14 +72,7 @@ def load_samples(path: str | Path) -> list[Sample]:
     Raises:
         DataError: The file is missing, truncated, damaged, of another format, or holds a column that is not declared.
     """
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise DataError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; it is no file of samples")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as samples ({error}). Is it complete?") from error
+    metadata, tensors = _read(path)
     if Blob(tensors).key != metadata["hash"]:
         raise DataError(f"{path}: damaged, its tensors are not those that were written. Restore it from a copy")
     headers = json.loads(tensors["samples"].tobytes())
@@ -89,6 +82,42 @@ def load_samples(path: str | Path) -> list[Sample]:
     blobs = _blobs(tensors)
     cursor: dict[str, int] = {}
     return [_sample(header, tensors, blobs, cursor) for header in headers]
+
+
+def read_headers(path: str | Path, columns: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """What the samples of a file are, without their data: for lists of many. The hash is not checked; ``load_samples`` does that.
+
+    Args:
+        path: What ``save_samples`` wrote.
+        columns: Token columns that every sample has, such as ``versions``.
+
+    Returns:
+        For each sample its scalars by name (``id`` a mapping, ``length`` T), and the columns, end to end.
+
+    Raises:
+        DataError: The file is missing, truncated, of another format, or what is read of it is damaged.
+    """
+    names = {name: f"{name}#{column_spec(name).dtypes[0]}" for name in columns}
+    _, tensors = _read(path, ["samples", *names.values()])
+    try:
+        headers = json.loads(tensors["samples"].tobytes())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged, its list of samples cannot be read ({error}). Restore it from a copy") from error
+    return headers, {name: tensors[variant] for name, variant in names.items()}
+
+
+def _read(path: str | Path, names: Sequence[str] | None = None) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The header of a file and its tensors, all or the named ones."""
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(
+                    f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}; it is no file of samples, or another Miles wrote it"
+                )
+            return metadata, {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as samples ({error}). Is it complete?") from error
 
 
 def _variant(name: str, column: np.ndarray | Ragged) -> str:

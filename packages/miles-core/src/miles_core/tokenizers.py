@@ -77,18 +77,35 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face directory. Raises ConfigError when there is none."""
+    """The tokenizer in a Hugging Face directory. Raises ConfigError when there is none, or it is not that of the model beside it."""
     described = path / "tokenizer_config.json"
     if not described.is_file():
         raise ConfigError(f"{path} holds no tokenizer (no {described.name}); give the directory of a model with its tokenizer files")
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if json.loads(described.read_text()).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
         # tokenizer.json is all of it. AutoTokenizer would add tokens of its own for some model types (qwen2, transformers 5.19).
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    from transformers import AutoTokenizer
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    _check_vocabulary(tokenizer, path / "config.json")  # ty: ignore[invalid-argument-type]
+    return tokenizer  # ty: ignore[invalid-explicit-return]
 
-    return AutoTokenizer.from_pretrained(path)  # ty: ignore[invalid-explicit-return]
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Path) -> None:
+    """Text must not become ids that the model does not have. A model may have more ids than tokens (its matrix is padded), and some
+    tokenizers have an added token that their model lacks (Gemma 3): that one is refused when a prompt holds it, by the engine."""
+    described = json.loads(config.read_text()) if config.is_file() else {}
+    size = described.get("vocab_size") or described.get("text_config", {}).get("vocab_size")
+    if size is None:
+        return
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id}
+    id, token = max((id, token) for token, id in tokenizer.get_vocab().items() if id not in added)
+    if id >= size:
+        raise ConfigError(
+            f"the tokenizer in {config.parent} does not match the model: its token {token!r} has id {id}, but {config.name} says "
+            f"vocab_size {size}. Put the tokenizer files of this very model there."
+        )
 
 
 def _words(config: TokenizerConfig, texts: Iterable[str]):

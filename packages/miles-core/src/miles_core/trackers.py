@@ -45,10 +45,15 @@ class TensorBoardTracker:
 
         self._event: Any = vars(event_pb2)["Event"]  # made by protobuf at import; type checkers do not see them
         self._summary: Any = vars(summary_pb2)["Summary"]
+        self._start: Any = vars(event_pb2)["SessionLog"](status=1)  # START: readers forget what an earlier life wrote of this step on
+        self._first = True
         self._writer = EventFileWriter(str(context.run_dir / "tensorboard"))
 
     def log(self, step: int, metrics: Row) -> None:
         """Numbers become scalars; texts are left out."""
+        if self._first:
+            self._writer.add_event(self._event(wall_time=time.time(), step=step, session_log=self._start))
+            self._first = False
         values = [self._summary.Value(tag=k, simple_value=v) for k, v in metrics.items() if isinstance(v, int | float)]
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
 

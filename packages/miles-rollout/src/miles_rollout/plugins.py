@@ -25,6 +25,10 @@ class LocalEngineConfig(EngineConfig):
     max_length: int | None = Field(None, gt=1)
     """Most tokens of a sequence, context and generation together. None: as many as the model has positions."""
 
+    def bitwise_problems(self) -> list[str]:
+        """See ``ModelPart``."""
+        return [] if self.dtype in (None, "float32") else [f"computes in {self.dtype}; numerics: bitwise needs dtype: float32"]
+
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OURS = ("model_path", "dtype", "device", "host", "port", "api_key", "admin_api_key", "config")

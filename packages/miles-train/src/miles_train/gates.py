@@ -25,7 +25,7 @@ WHERE_TO_LOOK = (
 )
 
 
-def check_gates(metrics: Mapping[str, float], gates: Gates, dtype: str) -> None:
+def check_gates(metrics: Mapping[str, float], gates: Gates, dtype: str, bitwise: bool = False) -> None:
     """Raise a RunError if the mismatch is out of bounds.
 
     Policy drift (older tokens) never matters here. Without a fresh token there is nothing to compare, and nothing is raised. What is
@@ -35,9 +35,15 @@ def check_gates(metrics: Mapping[str, float], gates: Gates, dtype: str) -> None:
         metrics: Of ``mismatch_metrics``.
         gates: The bounds.
         dtype: Of the trainer's forward pass, e.g. ``float32``.
+        bitwise: Whether engine and trainer promised the same bits: then any difference is out of bounds.
     """
     if "mismatch/mean_abs" not in metrics:
         return
+    if bitwise and metrics["mismatch/max_abs"] != 0:
+        raise RunError(
+            f"mismatch/max_abs is {metrics['mismatch/max_abs']:.3g} nats, and numerics: bitwise promises 0. Did every weight arrive, and does "
+            "the engine serve this model? Then it is a bug in Miles, or this machine changes its mind (threads, kernels)"
+        )
     bound = MISMATCH[dtype] if gates.mismatch is None else gates.mismatch
     mean_abs, ess = metrics["mismatch/mean_abs"], metrics["mismatch/ess"]
     if bound < math.inf and not mean_abs <= bound:

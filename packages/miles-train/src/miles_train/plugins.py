@@ -79,10 +79,26 @@ class TorchTrainerConfig(AdamWTrainerConfig):
     target: ClassVar[str] = "miles_train.torch_trainer.trainer:TorchTrainer"
     gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
     """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
+    knows_old_logprobs: ClassVar[bool] = True
 
-    layout: Literal["padded", "packed"] = "padded"
-    """A micro-batch is [samples, longest] with padding, or one row [1, N] without. Where there is no flash attention a packed row
-    costs the square of its length: set micro_batch_tokens to some 500 on a CPU, or pad."""
+    layout: Literal["auto", "padded", "packed", "shared"] = "auto"
+    """How samples stand in a forward pass: ``padded`` to the longest; ``packed`` end to end; ``shared``: what several begin with (a group's
+    prompt) stands once. auto takes the one that costs least (torch_trainer/planning.py); a model with attention of its own kind is padded.
+    It changes speed and memory, never the gradient."""
+    recompute: bool = False
+    """Whether activations of each layer are computed again in the backward pass instead of being kept."""
+    skip_zero_advantages: bool = True
+    """Leave samples whose advantages are all 0 out of forward and backward where every loss is proportional to the advantage: the gradient
+    is the same. Their tokens stay in the denominators. Metrics are then means over the others; ``skipped`` is their share of the tokens."""
+
+    def bitwise_problems(self) -> list[str]:
+        """See ``ModelPart``."""
+        problems = [] if self.dtype in (None, "float32") else [f"computes in {self.dtype}; numerics: bitwise needs dtype: float32"]
+        if self.layout in ("packed", "shared"):
+            problems.append(
+                f"has layout: {self.layout}, in which sums are cut otherwise than in the engine; numerics: bitwise needs padded"
+            )
+        return problems
 
 
 class Parallel(BaseModel):

@@ -13,7 +13,6 @@ import torch
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError, DataError
 from miles_core.models import materialize
-from miles_core.plan import micro_batches
 from miles_core.protocols import BuildContext
 from miles_core.refs import SampleRef
 from miles_core.sample import Sample
@@ -44,7 +43,7 @@ class RewardModel:
     def __init__(self, config: RewardModelConfig, context: BuildContext) -> None:
         path = directory_of(config, context)
         device = torch.device(context.device)
-        self._model = ScalarModel(path, compute_dtype(None, device), device, "padded")
+        self._model = ScalarModel(path, compute_dtype(None, device), device, "auto")
         if not self._model.score.weight.any():
             raise ConfigError(f"reward model {path} gives 0 to everything: its head was never trained. Train it with role: reward")
         self._model.hf.requires_grad_(False)
@@ -62,7 +61,7 @@ class RewardModel:
             read = [Sample.of(replace(s.id, policy=""), self._tokens(s)) for s in samples]
             batch = Batch.of([SampleRef.of(s) for s in read]).load(self._model.reads)
             scores = np.zeros(len(batch))
-            for part in micro_batches(batch.lengths, np.arange(len(batch)), self._micro_batch_tokens, padded=True):
+            for part in self._model.micro_batches(batch, np.arange(len(batch)), self._micro_batch_tokens):
                 micro = batch.select(part)
                 values = self._model.outputs(micro, self._model.rows_to_annotate(micro))["values"]
                 scores[part] = values.cpu().numpy()[micro.cu_seqlens[1:] - 1]

@@ -26,10 +26,10 @@ TOKENIZER_FILES = (
 
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Size], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a file, each of them expected, of that shape and float32.
+    """The tensors of a file, each of them expected, of that shape, float32 and finite.
 
     Raises:
-        CheckpointError: The file cannot be read, or a tensor of it is of another name, shape or dtype.
+        CheckpointError: The file cannot be read, or a tensor of it is of another name, shape or dtype, or holds NaN or infinity.
     """
     try:
         tensors = load_file(path, device=str(device))
@@ -42,4 +42,6 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Size], device: torch.d
             raise CheckpointError(
                 f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, this model needs float32 {list(expected[name])}"
             )
+        if odd := int((~tensor.isfinite()).sum()):
+            raise CheckpointError(f"{path}: {odd} of {tensor.numel()} numbers in {name!r} are NaN or infinite. Use an earlier checkpoint")
     return tensors

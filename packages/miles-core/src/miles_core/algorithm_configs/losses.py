@@ -23,6 +23,7 @@ class PolicyGradientConfig(LossConfig):
     """What every loss with a ratio π / π_old has."""
 
     point: ClassVar[str] = "loss"
+    proportional_to_advantage: ClassVar[bool] = True
 
     old: Old = "recompute"
     """Whose log-probabilities the ratio divides by (``Old``)."""
@@ -30,6 +31,10 @@ class PolicyGradientConfig(LossConfig):
     def required(self) -> frozenset[str]:
         """Depends on ``old``."""
         return self.needs | frozenset({"advantages", "logprobs"} | ({"old_logprobs"} if self.old == "recompute" else set()))
+
+    def required_before(self) -> frozenset[str]:
+        """All but what the ratio divides by."""
+        return self.required() - {"old_logprobs"}
 
     def problems(self, stage: Any) -> list[str]:
         """``old: current`` is wrong from the second optimizer step of a batch on."""
@@ -136,6 +141,7 @@ class Dro(PolicyGradientConfig):
     """Policy gradient with a quadratic penalty on the log-ratio."""
 
     target: ClassVar[str] = "miles_core.algorithms.losses:dro"
+    proportional_to_advantage: ClassVar[bool] = False  # the penalty is not
 
     beta: float = Field(0.05, gt=0)
     """Strength of the penalty."""
@@ -149,6 +155,10 @@ class CovarianceConfig(PolicyGradientConfig):
 
     fraction: float = Field(2e-4, gt=0, le=1)
     """How many of the batch's trained tokens are selected (at least one)."""
+
+    def required_before(self) -> frozenset[str]:
+        """The selection is made by the old log-probabilities."""
+        return self.required()
 
     def options(self) -> dict[str, Any]:
         """The loss's own, without those of the selection."""
@@ -186,6 +196,7 @@ class KlCov(CovarianceConfig):
     """Penalises the drift of the tokens with the highest covariances."""
 
     target: ClassVar[str] = "miles_core.algorithms.covariance:kl_cov"
+    proportional_to_advantage: ClassVar[bool] = False  # the penalty is not
 
     fraction: float = Field(2e-3, gt=0, le=1)
     """How many of the batch's trained tokens are selected (at least one)."""
@@ -204,6 +215,7 @@ class Reinforce(LossConfig):
 
     point: ClassVar[str] = "loss"
     target: ClassVar[str] = "miles_core.algorithms.losses:reinforce"
+    proportional_to_advantage: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"advantages"})
 
 
@@ -243,6 +255,10 @@ class KlLoss(LossConfig):
     def required(self) -> frozenset[str]:
         """Depends on ``unbiased``."""
         return frozenset({"ref_logprobs"} | ({"old_logprobs"} if self.unbiased else set()))
+
+    def required_before(self) -> frozenset[str]:
+        """All but what the ratio divides by."""
+        return frozenset({"ref_logprobs"})
 
     def problems(self, stage: Any) -> list[str]:
         """The ratio mends only estimators whose mean is the divergence."""

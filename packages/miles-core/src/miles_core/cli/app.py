@@ -21,6 +21,7 @@ from ..config import RunConfig, resolve
 from ..errors import MilesError
 from ..run_dir import RunDir
 from ..runner import Outcome
+from . import complete
 
 app = typer.Typer(
     help="Post-train language models with reinforcement learning.",
@@ -31,7 +32,10 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A bundled recipe's name (see `miles recipes`) or a YAML file.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A bundled recipe's name (see `miles recipes`) or a YAML file.", autocompletion=complete.recipes)
+]
+RunArgument = Annotated[Path, typer.Argument(help="The run's directory.", autocompletion=complete.runs)]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. seed=3 or model.trainer.lr=1e-4")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
 
@@ -43,7 +47,7 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, json_: Json
 
 
 @app.command()
-def resume(run_dir: Annotated[Path, typer.Argument(help="The run's directory.")], json_: JsonOption = False) -> None:
+def resume(run_dir: RunArgument, json_: JsonOption = False) -> None:
     """Go on with a run from its newest complete cut."""
     directory = RunDir.open(run_dir)
     _drive(RunConfig.from_resolved(directory.config), directory, json_)
@@ -76,6 +80,72 @@ def check(
         for sentence in missing(config):
             console.print(f"[yellow]not on this machine[/] {escape(sentence)}")
         console.print("[green]ok[/] " + ("everything was built" if load else "nothing was built; --load does"))
+
+
+@app.command()
+def inspect(
+    run_dir: RunArgument,
+    trajectory: Annotated[str | None, typer.Argument(help="Show this one in full: its address, as the list gives it.")] = None,
+    step: Annotated[str | None, typer.Option(help="Only these steps: 5, or 5..10.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Only these rewards: 1, or 0..0.5.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Only this prompt: its id, or a part of its text.")] = None,
+    groups: Annotated[bool, typer.Option("--groups", help="One line a group.")] = False,
+    by: Annotated[
+        str, typer.Option(help="Colour of the tokens: logprobs, advantages, ratio, loss_mask, versions, or another column.")
+    ] = "logprobs",
+    limit: Annotated[int, typer.Option(min=1, help="Most lines of a list.")] = 40,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page to look through in a browser.")] = None,
+    html_tokens: Annotated[int, typer.Option(min=0, help="Most tokens that the page holds with all their values.")] = 2_000_000,
+    json_: JsonOption = False,
+) -> None:
+    """Look at trajectories: a list, groups, one in full, or a page. Works on a run that goes on."""
+    from ..inspection.selection import Range, Selection
+    from . import inspect as view
+
+    run = RunDir.open(run_dir)
+    chosen = {"--step": step, "--reward": reward, "--prompt": prompt, "--groups": groups}
+    view.check_together(trajectory, html, chosen, json_)
+    selection = Selection(Range.parse(step, "--step"), Range.parse(reward, "--reward"), prompt)
+    if html is not None:
+        view.write_html(run, selection, html, html_tokens)
+    elif trajectory is not None:
+        view.show_one(run, trajectory, by, json_)
+    else:
+        view.show_list(run, selection, limit, groups, json_)
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    directory: Annotated[Path, typer.Argument(help="Where to write the model; it must not exist.")],
+    step: Annotated[int | None, typer.Option(help="Step of the run; the end, or the newest checkpoint, by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="The policy, where there are several.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a policy as a Hugging Face directory with its tokenizer and a model card."""
+    from ..inspection.export import export as write
+
+    source = write(RunDir.open(run_dir), directory, step, model)
+    if json_:
+        said = {"directory": str(directory), "step": source.step, "stage": source.stage, "from": str(source.directory)}
+        print(json.dumps(said))
+    else:
+        origin = "the end of the run" if source.finished else f"checkpoint {source.directory.name}"
+        console.print(escape(f"{directory}: weights after step {source.step} ({origin}); the facts are in its README.md"), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="The runs' directories.", autocompletion=complete.runs)],
+    metrics: Annotated[str | None, typer.Option(help="Which: reward,eval/ (a name with / at its end: all below it).")] = None,
+    at: Annotated[str | None, typer.Option(help="Also the values at these steps: 10,20.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the metrics into this PNG file.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Put the metrics of runs side by side, and say what their configurations do not have in common."""
+    from .compare import compare as put_side_by_side
+
+    put_side_by_side(run_dirs, metrics, at, plot, json_)
 
 
 @app.command()
@@ -166,6 +236,7 @@ def add_commands_of_packages() -> None:
 def main() -> None:
     """Entry point of the command ``miles``."""
     add_commands_of_packages()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded: threads that wait by spinning starve whoever works
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the live view is the progress
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

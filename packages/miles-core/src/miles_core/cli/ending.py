@@ -30,6 +30,10 @@ def ending(run_dir: RunDir) -> Group:
     final = run_dir.models / "final"
     kind = " (a Hugging Face directory)" if (final / "policy" / "config.json").is_file() else ""
     parts.append(f"Weights: {final}/policy{kind} · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
+    here = escape(str(run_dir.path))
+    parts.append(
+        f"Look into it: [bold]miles inspect {here}[/] (--html FILE: in a browser) · take it away: [bold]miles export {here} DIRECTORY[/]"
+    )
     parts.append(
         "Next: another seed ([bold]seed=1[/]), your own options ([bold]miles check RECIPE[/]), your own task (docs/quickstart.md)."
     )

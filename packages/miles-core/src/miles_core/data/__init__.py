@@ -1,4 +1,4 @@
-"""Data sources that come with miles-core: ``jsonl`` (any file of rows) and ``gsm8k``; and reading paths from recipes."""
+"""Data sources that come with miles-core (docs/data.md), what they are made of (``rows``, ``chat``, ``order``), and paths of recipes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from ..plugins import PluginConfig
 from ..protocols import BuildContext, Passage, Prompt
 from ..randomness import shuffled
 from . import local_path
-from .jsonl import JsonlFile, text_field
+from .jsonl import JsonlFile
+from .rows import text_field
 
 ANNOTATION = re.compile(r"<<(?P<expression>[^<>=\n]+=)(?P<result>[^<>\n]+>>)")
 ANSWER = re.compile(r"\n#### (-?[\d,]*\.?\d+)$")

@@ -19,9 +19,21 @@ from .algorithms import (
     Unit,
 )
 from .cluster import Cluster, Place, Ranks
-from .data import DataSource, Passage, Prompt, Tokenizer
+from .data import DataSource, NeedsTokenizer, Ordered, Passage, Prompt, Tokenizer
 from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, WeightSink, WeightSource, WeightTransport
-from .rollout import Environment, Generate, GroupFilter, Observation, Players, Reward, Rollout, RolloutContext, SampleFilter, Trajectory
+from .rollout import (
+    Environment,
+    Generate,
+    GroupFilter,
+    Observation,
+    Players,
+    Reward,
+    Rollout,
+    RolloutContext,
+    SampleFilter,
+    Score,
+    Trajectory,
+)
 from .surroundings import BuildContext, Evaluation, Evaluator, Tracker
 from .training import StepReport, Trainer
 
@@ -47,7 +59,9 @@ __all__ = [
     "LossInputs",
     "LossOutputs",
     "LossTerm",
+    "NeedsTokenizer",
     "Observation",
+    "Ordered",
     "Passage",
     "Place",
     "Players",
@@ -59,6 +73,7 @@ __all__ = [
     "RolloutEngine",
     "SampleFilter",
     "SamplingParams",
+    "Score",
     "StepReport",
     "Tokenizer",
     "Tracker",

@@ -120,11 +120,13 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A loss as a trainer gets it: the built function, its coefficient in the sum of terms, and what it is a function of."""
+    """A loss as a trainer gets it: the built function, its coefficient in the sum of terms, what it is a function of, and whether it
+    vanishes, gradient and all, for a sample whose advantages do."""
 
     function: Loss
     coefficient: float = 1.0
     unit: Unit = "token"
+    proportional_to_advantage: bool = False
 
 
 class Kl(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,29 @@ class DataSource(Protocol):
 
     def __getitem__(self, index: int) -> Prompt:
         """The prompt at ``index`` of the unshuffled source. Raises DataError naming file and line of a malformed row."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """A data source that says itself in which order a run goes through it: rows that are not equally near, parts of a mixture.
+
+    Others are gone through in a seeded permutation an epoch.
+    """
+
+    def place(self, position: int, seed: int, shuffle: bool) -> tuple[int, int]:
+        """Epoch and index of the prompt at ``position`` (from 0, without end), from nothing but these arguments.
+
+        No two positions have the same prompt in the same epoch.
+        """
+        ...
+
+
+@runtime_checkable
+class NeedsTokenizer(Protocol):
+    """A data source whose prompts depend on the model's tokenizer. Where the tokenizer is built from the data itself, prompts are read
+    before it is there."""
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> list[str]:
+        """Take the tokenizer of the model that reads the prompts. Returns sentences that a person should know."""
         ...

@@ -143,11 +143,30 @@ class Rollout(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a reward may give instead of a number: the number, and what it is made of.
+
+    Attributes:
+        reward: The number that counts.
+        parts: More numbers by name, kept on the sample as ``<the reward's name>/<part>``. They are metrics and never added up.
+    """
+
+    reward: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
 class Reward(Protocol):
-    """Scores samples. A function of one sample, a group or a batch of samples (its ``unit`` says which), sync or async."""
+    """Scores samples. A function of one sample, a group or a batch of samples (its ``unit`` says which), sync or async.
+
+    A plain function is called in a thread; an async one must leave the event loop free, as everything else waits for it there.
+    """
 
     def __call__(self, sample: Any) -> Any:
-        """``unit: sample``: Sample → float. ``group`` / ``batch``: list[Sample] → one float for each. All finite."""
+        """``unit: sample``: Sample → float or ``Score``. ``group`` / ``batch``: list[Sample] → one of these for each. All finite.
+
+        Raises InfrastructureFailure, where a service failed and not the policy, to have the group issued again.
+        """
         ...
 
 

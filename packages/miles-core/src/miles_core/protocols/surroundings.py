@@ -56,6 +56,7 @@ class BuildContext:
         losses: Built loss terms by name (for a trainer).
         aggregation: Built aggregation (for a trainer).
         device: ``cpu`` or ``cuda``.
+        bitwise: Whether a token's numbers must have the same bits in any batch, in engine and trainer (``numerics: bitwise``).
         total_steps: Calls of ``Trainer.step`` in this stage (for schedules).
         stage: The ``StageConfig`` it is built for.
         cluster: Starts the processes that a model is spread over; None where nothing may be started.
@@ -72,6 +73,7 @@ class BuildContext:
     losses: Mapping[str, LossTerm] = field(default_factory=dict)
     aggregation: Aggregation | None = None
     device: str = "cpu"
+    bitwise: bool = False
     total_steps: int = 0
     stage: Any = None
     cluster: Cluster | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from .engine import WeightSource
 
@@ -19,10 +21,13 @@ class StepReport:
     Attributes:
         metrics: By name: loss, grad_norm, lr, entropy, clip_fraction, mismatch …
         optimizer_steps: How many optimizer steps were taken.
+        columns: Packed columns [N] of the batch that the step had to compute anyway; they are written with the trajectories. A step of
+            one optimizer step knows ``old_logprobs`` of the trained rows.
     """
 
     metrics: dict[str, float]
     optimizer_steps: int
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Trainer(WeightSource, Protocol):

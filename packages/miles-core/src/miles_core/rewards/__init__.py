@@ -1,1 +1,1 @@
-"""Rewards that come with miles-core: ``math``."""
+"""Rewards that come with miles-core; docs/rewards.md lists them."""

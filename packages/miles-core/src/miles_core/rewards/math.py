@@ -34,10 +34,11 @@ START_S = 120.0
 
 
 class Math(RewardConfig):
-    """Options of ``reward: math``. A worker may take half of ``timeout_s``, so that what hangs is named before those who wait behind it."""
+    """Options of ``reward: math``. ``timeout_s`` is what a worker may take for one sample."""
 
     point: ClassVar[str] = "reward"
     target: ClassVar[str] = "miles_core.rewards.math:MathReward"
+    keeps_time: ClassVar[bool] = True
 
     marked: bool = True
     """Only a marked answer counts: the line after the last ``####``, or ``\\boxed{…}``. False takes the last formula or number of any
@@ -60,7 +61,7 @@ class MathReward:
 
         Raises:
             DataError: The sample has no response, or its label is missing or nothing that can be compared.
-            RunError: The worker died, or took longer than half of ``timeout_s``.
+            RunError: The worker died, or took longer than ``timeout_s``.
         """
         response = sample.metadata.get("response")
         if not isinstance(response, str):
@@ -70,7 +71,7 @@ class MathReward:
         if self.config.marked and not any(mark in response for mark in MARKS):
             return 0.0
         try:
-            verdict = await self._pool.compare(response, str(sample.label), self.config.timeout_s / 2)
+            verdict = await self._pool.compare(response, str(sample.label), self.config.timeout_s)
         except RunError as error:
             raise RunError(f"sample {sample.id}: {error}") from error
         if verdict is None:

@@ -4,6 +4,7 @@ Rows of a matrix product do not depend on how many there are once there are some
 length of the sum over keys, which MKL cuts in ways that depend on it. So here
 
 - queries are at least `ROWS` rows, filled up with zeros,
+- heads are widened to a multiple of `WIDTH`,
 - the sum over keys is made in blocks of `BLOCK`, filled up with zeros, one after another: a block that a row does not see adds exactly 0,
 
 and softmax is torch's, whose lanes get zeros where there are more keys. Heads that share a key head are its query rows.
@@ -21,6 +22,9 @@ from .rows import ROWS
 
 BLOCK = 64
 """Keys that are summed over at a time."""
+
+WIDTH = 16
+"""Heads are as wide as a multiple of this: the last columns of other widths go through kernels of their own."""
 
 
 def invariant_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -40,13 +44,13 @@ def invariant_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     grouped = query.reshape(n, kv, heads // kv, length, width)
     seen = mask[:, :, None].expand(n, kv, heads // kv, length, mask.shape[-1])
     rows, keys = heads // kv * length, key.shape[2]
-    short, open_ = max(0, ROWS - rows), -keys % BLOCK
-    flat = F.pad((grouped * scale).reshape(n * kv, rows, width), (0, 0, 0, short))
-    key, value = (F.pad(x.reshape(n * kv, keys, width), (0, 0, 0, open_)) for x in (key, value))
+    short, open_, narrow = max(0, ROWS - rows), -keys % BLOCK, -width % WIDTH
+    flat = F.pad((grouped * scale).reshape(n * kv, rows, width), (0, narrow, 0, short))
+    key, value = (F.pad(x.reshape(n * kv, keys, width), (0, narrow, 0, open_)) for x in (key, value))
     least = torch.finfo(query.dtype).min
     hidden = F.pad(seen.reshape(n * kv, rows, keys), (0, open_, 0, short), value=least)
     weights = torch.softmax(torch.bmm(flat, key.transpose(1, 2)) + hidden, dim=-1)
     out = torch.bmm(weights[..., :BLOCK], value[:, :BLOCK])
     for start in range(BLOCK, keys + open_, BLOCK):
         out = out + torch.bmm(weights[..., start : start + BLOCK], value[:, start : start + BLOCK])
-    return out[:, :rows].reshape(n, kv, heads // kv, length, width).reshape(n, heads, length, width)
+    return out[:, :rows, :width].reshape(n, kv, heads // kv, length, width).reshape(n, heads, length, width)

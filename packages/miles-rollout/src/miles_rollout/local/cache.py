@@ -83,29 +83,35 @@ class SlotCache(Cache):
         self.length = 0
         self.aim: Aim
 
+    def clear(self) -> None:
+        """Give the memory back: no slots, no positions."""
+        self._resize(0, 0)
+
     def grow(self, n_slots: int, length: int) -> None:
         """Make room for more slots and positions."""
+        self._resize(n_slots, length)
+
+    def _resize(self, n_slots: int, length: int) -> None:
         self.n_slots, self.length = n_slots, length
         for layer in self._slot_layers:
             if layer.is_initialized:
-                layer.keys, layer.values = (_enlarged(held, n_slots, length) for held in (layer.keys, layer.values))
+                layer.keys, layer.values = (_resized(held, n_slots, length) for held in (layer.keys, layer.values))
 
-    def swap(self, a: Tensor, b: Tensor, length: int) -> None:
-        """Exchange the first ``length`` positions of slots ``a[i]`` and ``b[i]``; no slot is named twice."""
-        here, there = torch.cat([a, b]), torch.cat([b, a])
-        for held in self._held():
-            held[here, :, :length] = held[there, :, :length]
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [slots, heads_kv, positions, head_dim]; once something was run."""
+        return [(layer.keys, layer.values) for layer in self._slot_layers]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy the first ``length`` positions of slots ``source[i]`` to slots ``target[i]``."""
-        for held in self._held():
+        """Copy the first ``length`` positions of slots ``source[i]`` to slots ``target[i]``, all at once: slots may be exchanged."""
+        for held in self._tensors():
             held[target, :, :length] = held[source, :, :length]
 
-    def _held(self) -> list[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [held for layer in self._slot_layers if layer.is_initialized for held in (layer.keys, layer.values)]
 
 
-def _enlarged(held: Tensor, n_slots: int, length: int) -> Tensor:
+def _resized(held: Tensor, n_slots: int, length: int) -> Tensor:
     new = held.new_zeros(n_slots, held.shape[1], length, held.shape[3])
-    new[: held.shape[0], :, : held.shape[2]] = held
+    n_slots, length = min(n_slots, held.shape[0]), min(length, held.shape[2])
+    new[:n_slots, :, :length] = held[:n_slots, :, :length]
     return new

@@ -48,7 +48,7 @@ class LocalEngine:
         dtype = config.dtype or ("float32" if context.device == "cpu" else "bfloat16")
         model = load_model(context.model_path, getattr(torch, dtype), torch.device(context.device))
         self.max_length = _max_length(config.max_length, model)
-        self._model = SlotModel(model)
+        self._model = SlotModel(model, context.bitwise)
         self._weights = Weights(model)
         self._stops = Stops(context.tokenizer, end_of_text(model, context.tokenizer), self._model.vocab_size)
         self._scheduler = Scheduler(self._model, self._stops, config.max_batch, self.max_length)
@@ -69,8 +69,9 @@ class LocalEngine:
         return self._scheduler.version
 
     def stats(self) -> dict[str, float]:
-        """Since the start: ``generated_tokens``, ``prefill_tokens``, ``decode_steps``, ``seconds_busy``."""
-        return {name: float(value) for name, value in asdict(self._scheduler.stats).items()}
+        """Since the start: ``generated_tokens``, ``prefill_tokens``, ``decode_steps``, ``seconds_busy``; and ``fused``: 1 where decoding
+        is one fused step (``fused.FAMILIES``), 0 where the model runs module by module."""
+        return {name: float(value) for name, value in asdict(self._scheduler.stats).items()} | {"fused": float(self._model.fused)}
 
     # ---- generation ---------------------------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class LocalEngine:
         await self._in_worker(self._scheduler.reset)
         self._worker.shutdown()
         self._weights.views.clear()
-        self._model.hf.to("meta")  # gives the weights' memory back, whoever still holds the engine
+        self._model.close()
 
 
 def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from miles_core.errors import ConfigError, MilesError
+from miles_core.moe import find_routers
+from miles_kernels.invariant import model as invariant
 
 from . import attention
 from .cache import Aim, SlotCache
+from .fused import fused_step
 from .routing import RoutingRecorder
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.3}
@@ -43,13 +46,22 @@ class SlotModel:
 
     Attributes:
         hf: The transformers model.
-        cache: Keys and values by slot; ``new_cache`` makes it.
+        cache: Keys and values by slot.
+        fused: Whether decoding is one fused step; elsewhere the model's modules run.
         vocab_size: Token ids are below it.
         device: Where it runs.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ConfigError if the model is of a kind whose numbers would be wrong here; the sentence says which."""
+    def __init__(self, model: PreTrainedModel, bitwise: bool = False) -> None:
+        """Take a model.
+
+        Args:
+            model: As it was loaded.
+            bitwise: Whether a token's logits must have the same bits in any batch.
+
+        Raises:
+            ConfigError: The model is of a kind whose numbers would be wrong here, or not bitwise the same; the sentence says which.
+        """
         name = type(model).__name__
         _check_layers(model.config, name)
         head = model.get_output_embeddings()
@@ -57,10 +69,12 @@ class SlotModel:
             raise ConfigError(f"{name} has no linear output projection (lm_head); the local engine takes causal language models")
         self.hf = model
         self.device = model.device
-        self.new_cache()
+        self.cache = SlotCache(model.config.get_text_config().num_hidden_layers, self.device)
         self.vocab_size = head.out_features
         tokens = np.arange(2 * 12).reshape(2, 12) * 7919 % self.vocab_size
         own = self._own_logits(tokens)
+        if bitwise:
+            invariant.make_invariant(model, find_routers(model))
         if model.config._attn_implementation == "sdpa":  # it says that plain scaled dot-product attention is all it does
             model.set_attn_implementation(attention.NAME)
         self._routing = RoutingRecorder(model)
@@ -69,14 +83,22 @@ class SlotModel:
         # Masks are added to the scores: floats (bools would be added as 0 and 1), and not −∞, which gives NaN where nothing is seen.
         self._seen = torch.zeros((), dtype=model.dtype, device=self.device)
         self._unseen = torch.full_like(self._seen, torch.finfo(model.dtype).min)
-        head.register_forward_pre_hook(lambda module, inputs: (inputs[0][self._wanted, -1:],))  # lm_head only where asked for
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0][self._wanted, -1:],), prepend=True)  # only where asked for
+        self._fused = None if bitwise else fused_step(model)
         self._check_against(own, tokens)
-        self.new_cache()
+        if bitwise and (why := invariant.first_difference(model, self.vocab_size)):
+            raise ConfigError(f"numerics: bitwise cannot be had with this {name} on this machine: {why}")
+        self.cache.clear()
 
-    def new_cache(self) -> SlotCache:
-        """An empty cache in place of the present one."""
-        self.cache = SlotCache(self.hf.config.get_text_config().num_hidden_layers, self.device)
-        return self.cache
+    @property
+    def fused(self) -> bool:
+        return self._fused is not None
+
+    def close(self) -> None:
+        """Give the memory of weights and cache back, whoever still holds the model."""
+        self.cache.clear()
+        self._fused = None
+        self.hf.to("meta")
 
     @torch.inference_mode()
     def forward(self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, wanted: np.ndarray) -> tuple[Tensor, np.ndarray | None]:
@@ -87,16 +109,20 @@ class SlotModel:
             tokens: int64 [n, S]. Columns that a shorter row does not need may hold any token, at positions after its last:
                 what they leave in the cache is overwritten before it is seen.
             positions: int64 [n, S]. A token sees all positions up to its own.
-            wanted: int64 [m], rows whose logits after the last column are wanted.
+            wanted: int64 [m], rising: rows whose logits after the last column are wanted.
 
         Returns:
             Logits [m, V] and the routing [n, S, L, K], None for dense models.
         """
         length = int(positions.max()) + 1
+        positions_t = self._tensor(positions)
+        leading = np.array_equal(slots, np.arange(len(slots)))
+        if self._fused is not None and leading and tokens.shape[1] == 1:
+            some = None if len(wanted) == len(slots) else self._tensor(wanted)
+            return self._fused(self.cache, self._tensor(tokens[:, 0]), positions_t[:, 0], length, some), None
         if length > len(self._columns):
             self._columns = torch.arange(self.cache.length, device=self.device)
-        positions_t = self._tensor(positions)
-        self.cache.aim = Aim(self._tensor(slots), positions_t, length, leading=np.array_equal(slots, np.arange(len(slots))))
+        self.cache.aim = Aim(self._tensor(slots), positions_t, length, leading)
         self._wanted = self._tensor(wanted)
         self._routing.start()
         visible = self._columns[:length] <= positions_t[..., None]

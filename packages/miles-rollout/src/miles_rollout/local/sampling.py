@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_core.errors import RunError
+from miles_kernels.ops.linear_logprob import logprob_of_logits
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
     greedy = settings.temperature == 0
     temperature = np.where(greedy, 1.0, settings.temperature).astype(np.float32)
     logits = logits.float()
-    logprobs = torch.log_softmax(logits if (temperature == 1).all() else logits / _column(temperature, logits), dim=-1)
+    scaled = logits if (temperature == 1).all() else logits / _column(temperature, logits)
+    logprobs = torch.log_softmax(scaled, dim=-1)
     support: dict[int, list[int]] = {}
     restricted = ~greedy & ((settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0))
     if restricted.any():
@@ -66,14 +68,21 @@ def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
     tokens = _invert(logprobs, uniforms)
     if greedy.any():
         tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logprobs.argmax(dim=-1), tokens)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    if not restricted.all():  # by the very steps of the trainer's op: torch.log_softmax has other last bits
+        chosen = torch.where(_on(restricted, logits), chosen, logprob_of_logits(scaled, tokens))
+    chosen = chosen.cpu().numpy()
     if not np.isfinite(chosen).all():
         raise RunError("the policy's logits are not finite (NaN or infinity): its weights have diverged. Lower the learning rate.")
     return Draw(tokens.cpu().numpy(), chosen, support)
 
 
+def _on(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(like.device)
+
+
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device)[:, None]
+    return _on(values, like)[:, None]
 
 
 def _invert(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:

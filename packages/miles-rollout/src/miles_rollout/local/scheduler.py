@@ -21,8 +21,8 @@ from .stops import Stops
 RIDING = 32
 """A session that comes back with at most this many new tokens runs them one by one in the decoding steps; more are prefilled."""
 
-PREFILL_TOKENS = 4096
-"""Tokens of one prefill pass, padding included."""
+PREFILL_TOKENS = 1024
+"""Tokens of one prefill pass, padding included. Longer contexts run in pieces, with a decoding step of the others after each."""
 
 
 @dataclass(eq=False)
@@ -64,7 +64,8 @@ class Scheduler:
 
     One rule drives everything: of a sequence's ``length`` known tokens, ``cached`` have been run. A decoding step runs token
     ``cached`` of every running sequence; where that was the last known one, the next is sampled, elsewhere (injected tokens) the
-    next is known already. Prefill runs many tokens of a sequence at once, up to its last, which decoding leaves to it.
+    next is known already. Sequences with many such tokens are prefilled first: many at once, up to the last, which is for decoding.
+    A finished sequence leaves its place to a waiting one before the next step.
     """
 
     def __init__(self, model: SlotModel, stops: Stops, max_slots: int, max_length: int) -> None:
@@ -76,8 +77,10 @@ class Scheduler:
 
     def reset(self) -> None:
         """Forget every session and waiting call."""
-        self._slots = Slots(self._model.new_cache(), self._max_slots, self._max_length)
+        self._model.cache.clear()
+        self._slots = Slots(self._model.cache, self._max_slots, self._max_length)
         self._waiting: deque[Call] = deque()
+        self._may_end = np.zeros(0, bool)  # tokens that may end any of the calls that run
 
     @property
     def idle(self) -> bool:
@@ -90,27 +93,36 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self, arrivals: list[Call | Release]) -> list[tuple[Call, Generation]]:
-        """Take what has arrived, in order, run one decoding step, and return the calls that it finished."""
+        """Take what has arrived, in order, run at most one prefill pass and one decoding step, and return the calls that are done."""
         began = time.perf_counter()
+        self._admit(arrivals)
+        to_prefill = self._to_prefill()
+        if to_prefill.any():
+            self._prefill(np.flatnonzero(to_prefill))
+            to_prefill = self._to_prefill()
+        finished = self._decode(self._slots.gather(self._slots.rows["running"] & ~to_prefill))
+        self.stats.seconds_busy += time.perf_counter() - began
+        return finished
+
+    # ---- in and out ---------------------------------------------------------------------------------------------------
+
+    def _admit(self, arrivals: list[Call | Release]) -> None:
+        """Sessions that hold a slot go on in it; the others wait for one, in order."""
+        started = False
         for arrival in arrivals:
             if isinstance(arrival, Release):
                 self._forget(arrival.session)
             elif (slot := self._slots.find(arrival.request.session)) is not None:
                 self._start(slot, arrival)
+                started = True
             else:
                 self._waiting.append(arrival)
         while self._waiting and (slot := self._slots.claim(self._waiting[0].request.session)) is not None:
             self._start(slot, self._waiting.popleft())
-        n = self._slots.gather_running()
-        finished = []
-        if n:
-            self._slots.reserve(int(self._slots.rows["length"][:n].max()) + 1)
-            self._prefill(n)
-            finished = self._decode(n)
-        self.stats.seconds_busy += time.perf_counter() - began
-        return finished
-
-    # ---- in and out ---------------------------------------------------------------------------------------------------
+            started = True
+        if started:
+            distinct = {id(call.may_end): call.may_end for call in self._slots.calls if call is not None}
+            self._may_end = np.logical_or.reduce(list(distinct.values()))
 
     def _forget(self, session: str) -> None:
         self._waiting = deque(call for call in self._waiting if call.request.session != session)
@@ -118,19 +130,13 @@ class Scheduler:
             self._slots.release(slot)
 
     def _start(self, slot: int, call: Call) -> None:
-        """Give a call its slot. Of what the slot holds, the tokens that begin the context stay cached."""
+        """Give a call its slot. Of what is cached, the tokens that begin the context stay so."""
         request, sampling, slots = call.request, call.request.sampling, self._slots
-        length = len(request.tokens)
-        slots.reserve(length + 1)
-        row = slots.rows[slot]
-        known = min(int(row["cached"]), length - 1)
-        same = slots.tokens[slot, :known] == request.tokens[:known]
-        cached = known if same.all() else int(same.argmin())
-        row["running"], row["cached"], row["recorded"] = True, cached, min(int(row["recorded"]), cached)
-        row["context"], row["length"], row["end"] = length, length, min(length + sampling.max_tokens, self._max_length)
+        slots.begin(slot, request.tokens)
+        row, length = slots.rows[slot], len(request.tokens)
+        row["running"], row["context"], row["end"] = True, length, min(length + sampling.max_tokens, self._max_length)
         row["key"], row["temperature"], row["top_p"] = request.key, sampling.temperature, sampling.top_p
         row["top_k"], row["min_p"] = sampling.top_k, sampling.min_p
-        slots.tokens[slot, :length] = request.tokens
         slots.calls[slot] = call
 
     def _finish(self, slot: int, finish: Literal["stop", "length"]) -> tuple[Call, Generation]:
@@ -144,47 +150,51 @@ class Scheduler:
 
     # ---- forward passes -----------------------------------------------------------------------------------------------
 
-    def _prefill(self, n: int) -> None:
-        """Run all but the last token of sequences that have many to run; the same tokens in several slots only once."""
-        pending, rows = self._pending(np.arange(n)), self._slots.rows[:n]
-        alike: dict[tuple[int, bytes], list[int]] = {}
-        for slot in np.flatnonzero((pending > RIDING) | ((pending > 0) & (rows["cached"] == 0))).tolist():
-            context = self._slots.tokens[slot, : rows["length"][slot] - 1].tobytes()
-            alike.setdefault((int(rows["recorded"][slot]), context), []).append(slot)
-        leaders = np.array([slots[0] for slots in alike.values()], np.int64)
-        while (pending := self._pending(leaders)).any():
-            longest_first = leaders[np.argsort(-pending, kind="stable")]
-            self._prefill_pass(longest_first[: np.count_nonzero(pending)])
-        for first, *others in alike.values():
-            if others:
-                self._slots.share(first, others, int(self._slots.rows["length"][first]) - 1)
-
-    def _pending(self, slots: np.ndarray) -> np.ndarray:
-        """int64 [n]: tokens that are to be run before the last."""
+    def _to_prefill(self) -> np.ndarray:
+        """bool [slots]: running sequences that have many tokens to run before their last."""
         rows = self._slots.rows
-        return rows["length"][slots] - 1 - rows["cached"][slots]
+        pending = rows["length"] - 1 - rows["cached"]
+        return rows["running"] & ((pending > RIDING) | ((pending > 0) & (rows["cached"] == 0)))
+
+    def _prefill(self, to_prefill: np.ndarray) -> None:
+        """One pass over tokens before the last of these slots (int64 [n]); the same tokens in several slots only once."""
+        slots = self._slots
+        alike: dict[tuple[int, bytes], list[int]] = {}
+        for slot in to_prefill[np.argsort(-slots.rows["cached"][to_prefill], kind="stable")].tolist():  # who has run most leads
+            context = slots.tokens[slot, : slots.rows["length"][slot] - 1].tobytes()
+            alike.setdefault((int(slots.rows["stale"][slot]), context), []).append(slot)
+        self._prefill_pass(np.array([leader for leader, *_ in alike.values()]))
+        done = ~self._to_prefill()
+        for leader, *others in alike.values():
+            if others and done[leader]:
+                slots.share(leader, others, int(slots.rows["cached"][leader]))
 
     def _prefill_pass(self, slots: np.ndarray) -> None:
-        """Run the next tokens of as many of the slots as fit; they come in falling order of what they have to run."""
-        pending = self._pending(slots)
-        columns = min(int(pending[0]), PREFILL_TOKENS)
-        slots = slots[: PREFILL_TOKENS // columns]
-        counts = np.minimum(pending[: len(slots)], columns)
-        start = self._slots.rows["cached"][slots]
-        self._slots.reserve(min(int(start.max()) + columns, self._max_length))
+        """Run the next tokens of as many of the slots as fit, those with the fewest first: short contexts do not wait for long ones."""
+        held = self._slots
+        pending = held.rows["length"][slots] - 1 - held.rows["cached"][slots]
+        order = np.argsort(pending, kind="stable")
+        slots, pending = slots[order], pending[order]
+        fitting = max(1, int(np.count_nonzero(pending * np.arange(1, len(slots) + 1) <= PREFILL_TOKENS)))  # the product rises
+        slots, counts = slots[:fitting], np.minimum(pending[:fitting], PREFILL_TOKENS)
+        start, columns = held.rows["cached"][slots], int(counts[-1])
+        held.reserve(min(int(start.max()) + columns, self._max_length))
         # Shorter rows run on past their end, at most up to the last position; what they write is overwritten before it is seen.
-        positions = np.minimum(start[:, None] + np.arange(columns), self._slots.tokens.shape[1] - 1)
-        inputs = self._slots.tokens[slots[:, None], positions].astype(np.int64)
+        positions = np.minimum(start[:, None] + np.arange(columns), held.tokens.shape[1] - 1)
+        inputs = held.tokens[slots[:, None], positions].astype(np.int64)
         _, routing = self._model.forward(slots, inputs, positions, wanted=slots[:0])
         if routing is not None:
-            self._slots.record(slots, positions, counts, routing)
-        self._slots.rows["cached"][slots] += counts
+            held.record(slots, positions, counts, routing)
+        held.rows["cached"][slots] += counts
         self.stats.prefill_tokens += int(counts.sum())
 
     def _decode(self, n: int) -> list[tuple[Call, Generation]]:
-        """Run one token of each running sequence, sample where it was the last, and finish those that end with it."""
-        held, slots = self._slots, np.arange(n)
-        rows = held.rows[:n]
+        """Run one token of the sequences in the first n slots, sample where it was the last, and finish those that end with it."""
+        if not n:
+            return []
+        held = self._slots
+        held.reserve(int(held.rows["length"][:n].max()) + 1)
+        rows, slots = held.rows[:n], np.arange(n)
         positions = rows["cached"].copy()
         last = np.flatnonzero(positions + 1 == rows["length"])
         logits, routing = self._model.forward(
@@ -194,23 +204,24 @@ class Scheduler:
             held.record(slots, positions[:, None], np.ones(n, np.int64), routing)
         rows["cached"] += 1
         self.stats.decode_steps += 1
-        if not len(last):
-            return []
-        sampling = rows[last]
-        index = sampling["length"]
-        settings = Settings(sampling["temperature"], sampling["top_p"], sampling["top_k"], sampling["min_p"])
-        drawn = draw(logits, settings, uniform(sampling["key"], index))
-        held.tokens[last, index] = drawn.tokens
-        held.logprobs[last, index] = drawn.logprobs
-        held.versions[last, index] = self.version
-        rows["length"][last] = index + 1
-        self.stats.generated_tokens += len(last)
-        calls = [held.calls[slot] for slot in last.tolist()]
+        return self._sample(last, logits) if len(last) else []
+
+    def _sample(self, slots: np.ndarray, logits: torch.Tensor) -> list[tuple[Call, Generation]]:
+        """Draw the next token of each of these slots from its row of logits [m, V], and finish those that end with it."""
+        held = self._slots
+        rows = held.rows[slots]
+        index = rows["length"]
+        drawn = draw(logits, Settings(rows["temperature"], rows["top_p"], rows["top_k"], rows["min_p"]), uniform(rows["key"], index))
+        held.tokens[slots, index] = drawn.tokens
+        held.logprobs[slots, index] = drawn.logprobs
+        held.versions[slots, index] = self.version
+        held.rows["length"][slots] = index + 1
+        self.stats.generated_tokens += len(slots)
         for i, ids in drawn.support.items():
-            calls[i].support.append(ids)
-        stopped = np.array([call.may_end[token] for call, token in zip(calls, drawn.tokens.tolist(), strict=True)])
+            held.calls[slots[i]].support.append(ids)
+        stopped = self._may_end[drawn.tokens]
         for i in np.flatnonzero(stopped):
-            generated = held.tokens[last[i], sampling["context"][i] : index[i] + 1]
-            stopped[i] = self._stops.ends(calls[i].request.sampling, generated)
-        ended = stopped | (index + 1 >= sampling["end"])
-        return [self._finish(int(last[i]), "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
+            generated = held.tokens[slots[i], rows["context"][i] : index[i] + 1]
+            stopped[i] = self._stops.ends(held.calls[slots[i]].request.sampling, generated)
+        ended = stopped | (index + 1 >= rows["end"])
+        return [self._finish(int(slots[i]), "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]

@@ -43,6 +43,9 @@ class Weights:
     def replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy new values in, all or nothing. A tied weight may come under any of its names.
 
+        What lies in the engine's own memory already, because its giver made ``views`` the memory of its parameters, is not copied:
+        such weights are new as soon as their giver writes them, so that nothing may be sampled between that and this call.
+
         Raises:
             DataError: A name is unknown, comes twice or is missing, or a shape or dtype does not fit; nothing was changed.
         """
@@ -66,7 +69,8 @@ class Weights:
             raise DataError(f"{len(missing)} weights are missing, the first is {missing[0]!r}; an update brings all of them")
         with torch.no_grad():
             for name, tensor in given.items():
-                self.views[name].copy_(tensor)
+                if tensor.data_ptr() != self.views[name].data_ptr() or tensor.stride() != self.views[name].stride():
+                    self.views[name].copy_(tensor)
 
 
 def read_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:

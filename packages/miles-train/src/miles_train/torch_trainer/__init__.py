@@ -1,1 +1,2 @@
-"""`trainer: torch`. Read in this order: layouts, model, causal_lm, scalar_model, objective, optimizer, checkpoint, trainer."""
+"""`trainer: torch`. Read in this order: layouts, planning, attention, model, causal_lm, scalar_model, objective, optimizer, checkpoint,
+trainer."""

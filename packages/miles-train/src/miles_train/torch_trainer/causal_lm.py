@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from miles_core.batch import Batch
 from miles_core.errors import ConfigError
 from miles_kernels.ops.linear_logprob import linear_logprob
 
-from .model import PackedModel, check_directory, close, read, refuse_missing
+from .model import Choice, PackedModel, check_directory, close, read, refuse_missing
 
 
 class CausalLM(PackedModel):
@@ -26,16 +25,16 @@ class CausalLM(PackedModel):
     reads = ("tokens", "targets", "positions", "temperatures")
     unsupported = ("support", "images", "audio")
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
-        super().__init__(path, dtype, device, layout)
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
+        super().__init__(path, dtype, device, layout, bitwise)
         self._head = _output_projection(self.hf)
         self.vocab_size = self._head.weight.shape[0]
 
     @staticmethod
-    def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
+    def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """See ``PackedModel.load``."""
         check_directory(path)
-        model, missing = read(AutoModelForCausalLM, path, dtype, device, attention)
+        model, missing = read(AutoModelForCausalLM, path, dtype, device)
         refuse_missing(model, path, missing)
         return model
 

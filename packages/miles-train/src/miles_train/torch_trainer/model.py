@@ -6,21 +6,28 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import is_flash_attn_2_available
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError
+from miles_core.moe import find_routers
+from miles_kernels.invariant import model as invariant
 
-from .layouts import LAYOUTS
+from . import attention, layouts, planning
 from .routing_replay import RoutingReplay
+
+Choice = Literal["auto", "padded", "packed", "shared"]
 
 
 class PackedModel(ABC):
@@ -30,6 +37,8 @@ class PackedModel(ABC):
         hf: The transformers model, in evaluation mode: dropout would make its numbers random.
         device: Where it is.
         vocab_size: Token ids are below it.
+        layouts: Those that micro-batches may have; the cheapest is taken.
+        costs: What its rows cost.
         replay: Puts the experts of the batch's column ``routing`` into every forward pass; None: routers choose for themselves.
     """
 
@@ -42,24 +51,30 @@ class PackedModel(ABC):
     unsupported: ClassVar[tuple[str, ...]]
     """Sample columns without which the numbers would be wrong; they are not used yet."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
-        flash = layout == "packed" and device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-        self.hf = self.load(path, dtype, device, "flash_attention_2" if flash else None)
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
+        self.hf = self.load(path, dtype, device)
         self.device = device
         embedding = self.hf.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         self.vocab_size = embedding.shape[0]
-        self._layout = LAYOUTS[layout]
         self.replay: RoutingReplay | None = None
-        if layout == "packed":
-            _check_packing(self.hf, self.vocab_size)
+        config, base = self.hf.config.get_text_config(), self.hf.base_model
+        self.costs = planning.Costs.of(config, _parameters_a_row(base, config) - embedding.numel())
+        self.layouts: tuple[layouts.Name, ...] = ("padded",)
+        if bitwise:
+            invariant.make_invariant(self.hf, find_routers(self.hf))
+            if why := invariant.first_difference(self.hf, self.vocab_size):
+                raise ConfigError(f"numerics: bitwise cannot be had with this {type(self.hf).__name__} on this machine: {why}")
+        elif layout != "padded" and (why := _stand_in(self.hf, self.vocab_size)) is None:
+            self.layouts = ("padded", "packed", "shared") if layout == "auto" else (layout,)
+        elif layout in ("packed", "shared"):
+            raise ConfigError(f"{type(self.hf).__name__} {why}; use layout: auto or padded")
 
     @staticmethod
     @abstractmethod
-    def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
+    def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The model in ``path`` with all its weights.
 
-        ``attention`` None leaves the implementation to transformers: sdpa, or eager where a model has no other.
         Raises ConfigError if there is no model or weights are missing (transformers would make them up).
         """
 
@@ -78,10 +93,34 @@ class PackedModel(ABC):
 
     def hidden(self, batch: Batch, rows: np.ndarray) -> Tensor:
         """[R, hidden size]: last hidden states of some rows; row p has read the tokens up to and including p."""
-        inputs, where = self._layout(batch)
-        with self.replay.forward(batch, where, inputs["input_ids"].size) if self.replay else nullcontext():
-            hidden = self.hf.base_model(**{n: self.tensor(x) for n, x in inputs.items()}, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, self.tensor(where[rows]))
+        given = layouts.lay_out(batch, planning.cheapest(batch, self.layouts, self.costs))
+        options: dict[str, Any] = {} if given.positions is None else {"position_ids": self.tensor(given.positions)}
+        if given.places is not None:
+            options["blocks"] = attention.Blocks(tuple(map(self.tensor, given.blocks)), self.tensor(given.places))
+        with self.replay.forward(batch, given.where, given.tokens.size) if self.replay else nullcontext():
+            hidden = self.hf.base_model(self.tensor(given.tokens), use_cache=False, **options).last_hidden_state
+        return F.embedding(self.tensor(given.where[rows]), hidden.flatten(0, 1))
+
+    def micro_batches(self, batch: Batch, units: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+        """Sample indices of micro-batches of at most ``max_tokens`` rows, padding included (a longer unit stands alone).
+
+        Args:
+            batch: With the columns ``reads``.
+            units: int64 [S], samples with the same number stay together.
+            max_tokens: Most rows of a forward pass.
+        """
+        return planning.plan(batch, units, max_tokens, self.layouts, self.costs)
+
+    def recompute(self) -> None:
+        """From now on keep no activations inside of layers: the backward pass computes them again. Gradients do not change.
+
+        Raises ConfigError if the model does not say what its layers are.
+        """
+        layers = [module for module in self.hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"{type(self.hf).__name__} has no layers that transformers can compute again; set recompute: false")
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """An array on the model's device."""
@@ -112,9 +151,7 @@ def check_directory(path: Path) -> None:
         raise ConfigError(f"{path} has no config.json; a model's path is a Hugging Face directory")
 
 
-def read(
-    auto_class: Any, path: Path, dtype: torch.dtype, device: torch.device, attention: str | None, **fields: Any
-) -> tuple[PreTrainedModel, set[str]]:
+def read(auto_class: Any, path: Path, dtype: torch.dtype, device: torch.device, **fields: Any) -> tuple[PreTrainedModel, set[str]]:
     """The model that a transformers Auto class reads, and the names of weights that are not in the checkpoint.
 
     transformers' own report of them is not printed: who calls refuses them, or knows why they are missing. Nor is what it says of
@@ -125,9 +162,7 @@ def read(
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        model, info = auto_class.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, local_files_only=True, output_loading_info=True, **fields
-        )
+        model, info = auto_class.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **fields)
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -140,16 +175,41 @@ def refuse_missing(model: PreTrainedModel, path: Path, missing: set[str]) -> Non
         raise ConfigError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is {min(missing)!r}; export it again")
 
 
+def _parameters_a_row(base: nn.Module, config: Any) -> int:
+    """Parameters that a row goes through, embeddings included: of a layer's experts, those that a token takes."""
+    every = sum(p.numel() for p in base.parameters())
+    experts = sum(p.numel() for name, p in base.named_parameters() if ".experts." in name)
+    taken = getattr(config, "num_experts_per_tok", None)
+    number = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or getattr(config, "n_routed_experts", None)
+    return every if not (experts and taken and number) else every - experts + experts * taken // number
+
+
 @torch.no_grad()
-def _check_packing(model: PreTrainedModel, vocab_size: int) -> None:
-    """The same tokens twice in one row must give the same hidden states twice, or samples see each other."""
-    tokens = torch.arange(8, device=model.device)[None] % 4 % vocab_size
-    positions = torch.arange(8, device=model.device)[None] % 4
-    hidden = model.base_model(tokens, position_ids=positions, use_cache=False).last_hidden_state
-    if not close(hidden[:, :4], hidden[:, 4:]):
-        raise ConfigError(
-            f"{type(model).__name__} lets packed samples see each other (a recurrent state, or its own masks); use layout: padded"
-        )
+def _stand_in(model: PreTrainedModel, vocab_size: int) -> str | None:
+    """Give the model attention over rows that stand once; else say why it cannot have it, and leave it as it was.
+
+    The same hidden states must come back as with the model's own attention, whether samples are padded, or share a row and what they
+    begin with.
+    """
+    if not attention.can_stand_in(model):
+        return "has attention of its own kind, which takes no packed samples"
+    tokens = torch.arange(18, device=model.device).view(2, 9) % vocab_size
+    tokens[:, :3] = tokens[0, :3]
+    expected = model.base_model(tokens, use_cache=False).last_hidden_state
+    own = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(attention.NAME)
+    rows = torch.arange(18, device=model.device).view(2, 9)
+    rows[1, :3] = rows[0, :3]
+    rows[1, 3:] -= 3
+    places = torch.cat([torch.arange(9), torch.arange(12, 18)]).to(model.device)
+    positions = torch.cat([torch.arange(9), torch.arange(3, 9)]).to(model.device)
+    flat = tokens.flatten()[places]
+    found = model.base_model(flat[None], position_ids=positions[None], blocks=attention.Blocks((rows,), places), use_cache=False)
+    padded = model.base_model(tokens, use_cache=False).last_hidden_state
+    if close(found.last_hidden_state[0, rows], expected) and close(padded, expected):
+        return None
+    model.set_attn_implementation(own)
+    return "lets packed samples see each other (a recurrent state, or its own masks)"
 
 
 def close(a: Tensor, b: Tensor) -> bool:

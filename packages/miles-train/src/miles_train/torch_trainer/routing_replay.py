@@ -65,7 +65,7 @@ class RoutingReplay:
 
         Args:
             batch: With the column ``routing``, checked (``load_routing``).
-            where: int64 [N], index of each packed row among the rows that the routers see.
+            where: int64 [N], index of each packed row among the rows that the routers see; rows that share one have the same experts.
             n_rows: How many those are, padding included.
 
         Raises:
@@ -87,10 +87,10 @@ class RoutingReplay:
             if not torch.is_grad_enabled():
                 self._rows = None
         if not self._off:
-            self._seen += batch.n_rows * self.shape.layers
+            self._seen += len(np.unique(where)) * self.shape.layers
         if given is not None:
             self._check()
-            self._replayed += int((given[:, 0, 0] >= 0).sum()) * self.shape.layers
+            self._replayed += len(np.unique(where[given[:, 0, 0] >= 0])) * self.shape.layers
 
     @contextmanager
     def off(self) -> Generator[None]:

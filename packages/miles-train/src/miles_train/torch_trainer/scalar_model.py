@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError
 
-from .model import PackedModel, check_directory, close, read, refuse_missing
+from .model import Choice, PackedModel, check_directory, close, read, refuse_missing
 
 HEAD = "score.weight"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -39,13 +38,13 @@ class ScalarModel(PackedModel):
     reads = ("tokens", "positions")
     unsupported = ("images", "audio")
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Literal["padded", "packed"]) -> None:
-        super().__init__(path, dtype, device, layout)
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
+        super().__init__(path, dtype, device, layout, bitwise)
         self.score = _head(self.hf)
         _check_output(self.hf, self.score)
 
     @staticmethod
-    def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
+    def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """The model in ``path``: a critic or reward model that was saved before, or a causal language model.
 
         A language model lacks the head's weight, and only that. It starts at 0, so that all values do; the head learns from
@@ -64,7 +63,7 @@ class ScalarModel(PackedModel):
             raise ConfigError(f"{path} holds a {saved_as}; a critic or reward model is made of a ForCausalLM or ForSequenceClassification")
         if scalar and config.num_labels != 1:
             raise ConfigError(f"{path} classifies into {config.num_labels} labels; a critic or reward model has one")
-        model, missing = read(AutoModelForSequenceClassification, path, dtype, device, attention, num_labels=1)
+        model, missing = read(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
         head = _head(model)
         if HEAD in missing and not scalar:
             missing.remove(HEAD)

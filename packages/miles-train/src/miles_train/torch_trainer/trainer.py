@@ -22,7 +22,7 @@ from torch import Tensor
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError, RunError, StepRefused
 from miles_core.moe import experts
-from miles_core.plan import micro_batches, unit_of_all, units_of
+from miles_core.plan import unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
 
 from ..gates import check_gates
@@ -75,9 +75,12 @@ class TorchTrainer:
         self.unit: Unit = unit_of_all(loss.unit for loss in context.losses.values())
         device = torch.device(context.device)
         self._dtype = compute_dtype(config.dtype, device)
-        self.model = MODELS.get(context.role, CausalLM)(context.model_path, self._dtype, device, config.layout)
+        self.model = MODELS.get(context.role, CausalLM)(context.model_path, self._dtype, device, config.layout, context.bitwise)
+        if config.recompute and context.losses:
+            self.model.recompute()
         if config.routing_replay and context.role == "policy" and experts(self.model.hf):
             self.model.replay = RoutingReplay(self.model.hf)
+        self._skips = config.skip_zero_advantages and all(loss.proportional_to_advantage for loss in context.losses.values())
         self._optimizer = self._new_optimizer(context.model_path) if context.losses else None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"trainer-{context.model}")
 
@@ -119,7 +122,11 @@ class TorchTrainer:
         Metrics: ``loss`` and ``loss/<term>``, ``entropy`` or ``values`` (mean over trained tokens), ``grad_norm`` (before clipping)
         and what the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all
         of them; ``lr`` of the last; ``seconds/forward_backward``; and of language models what ``mismatch_of`` says of the
-        first optimizer step's trained tokens, before any update. ``gates`` bound the latter.
+        first optimizer step's trained tokens, before any update. ``gates`` bound the latter. Where samples without advantage may be
+        skipped, ``skipped`` is the share of the trained tokens that were; losses are of all of them, means and mismatch of the others.
+
+        A batch for one optimizer step needs no ``old_logprobs``: where they are not annotated, they are what this pass says. They
+        are reported as a column.
 
         The schedule counts optimizer steps; it ends at ``context.total_steps`` × the optimizer steps of this call.
 
@@ -172,7 +179,7 @@ class TorchTrainer:
         return load_routing(batch, self.model.replay.shape) if self.model.replay else batch
 
     def _micro_batches(self, batch: Batch, units: np.ndarray) -> list[np.ndarray]:
-        return micro_batches(batch.lengths, units, self.config.micro_batch_tokens, padded=self.config.layout == "padded")
+        return self.model.micro_batches(batch, units, self.config.micro_batch_tokens)
 
     @torch.no_grad()
     def _annotate(self, batch: Batch) -> np.ndarray:
@@ -192,22 +199,26 @@ class TorchTrainer:
         seconds = 0.0
         if self.model.replay:
             self.model.replay.reset()
-        for minibatch in batch.optimizer_steps():
+        logprobs = np.full(batch.n_rows, np.nan, np.float32)
+        for samples, minibatch in zip(batch.steps, batch.optimizer_steps(), strict=True):
             if minibatch.segments.tokens == 0:
                 continue
             start = time.perf_counter()
+            kept = self._kept(minibatch)
+            part = minibatch.select(kept)
             try:
-                report, logprobs = self._forward_backward(minibatch)
-                if not reports and logprobs is not None:
-                    mismatch = mismatch_of(minibatch, logprobs, self.version)
-                    check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."))
+                report, said = self._forward_backward(part, once=len(batch.steps) == 1)
+                if not reports and said is not None:
+                    logprobs[batch.rows_of(samples[kept])] = np.where(part.array("loss_mask"), said, np.nan)
+                    mismatch = mismatch_of(part, said, self.version)
+                    check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."), self.context.bitwise)
                     if self.model.replay and self.config.compare_routing:
-                        mismatch |= self._own_routing(minibatch, self.model.replay)
+                        mismatch |= self._own_routing(part, self.model.replay)
                 norm = optimizer.gradient_norm()
                 report |= {"grad_norm": float(norm), "lr": learning_rate(self.config, self.optimizer_steps, total)}
                 seconds += time.perf_counter() - start
                 if not norm.isfinite():
-                    raise RunError(f"the gradient's norm is {float(norm)}, though the loss is finite{self._origin(minibatch)}")
+                    raise RunError(f"the gradient's norm is {float(norm)}, though the loss is finite{self._origin(part)}")
                 optimizer.step(report["lr"], norm, self.config.max_grad_norm)
             except RunError as error:
                 refusal = RunError if reports else StepRefused
@@ -218,53 +229,77 @@ class TorchTrainer:
             reports.append(report | {"tokens": minibatch.segments.tokens})
         metrics = step_metrics(reports, seconds)
         routing = self.model.replay.finish() if self.model.replay else {}
-        return StepReport(metrics | mismatch | routing, len(reports))
+        known = len(batch.steps) == 1 and self.model.annotated == "logprobs"
+        return StepReport(metrics | mismatch | routing, len(reports), {"old_logprobs": logprobs} if known else {})
 
-    def _forward_backward(self, minibatch: Batch) -> tuple[dict[str, float], np.ndarray | None]:
-        """Gradients of one optimizer step; its metrics, and a language model's log-probabilities, float64 [N], of the trained rows."""
-        logprobs = np.full(minibatch.n_rows, np.nan) if self.model.annotated == "logprobs" else None
+    def _kept(self, minibatch: Batch) -> np.ndarray:
+        """int64: the samples that go through the model. Those that train nothing stay out, and where every loss is proportional to the
+        advantage those in whose unit all advantages are 0.
+
+        If that is all of them, one unit stays: its gradient of 0 is what AdamW's moments and weight decay wait for.
+        """
+        trained = minibatch.segments.sequence_tokens > 0
+        if not self._skips:
+            return np.flatnonzero(trained)
+        units = units_of(minibatch, self.unit)
+        counts = minibatch.array("loss_mask") & (minibatch.array("advantages") != 0)
+        moves = np.isin(units, units[minibatch.segment[counts]])
+        if not moves.any():
+            moves = units == units[np.where(trained, minibatch.lengths, np.iinfo(np.int64).max).argmin()]
+        return np.flatnonzero(trained & moves)
+
+    def _forward_backward(self, part: Batch, *, once: bool) -> tuple[dict[str, float], np.ndarray | None]:
+        """Gradients of one optimizer step; its metrics, and a language model's log-probabilities, float64 [N], of the trained rows.
+
+        Args:
+            part: The samples of the step that go through the model.
+            once: Whether it is the batch's only optimizer step: ``old_logprobs`` that nobody annotated are then what this pass says.
+        """
+        logprobs = np.full(part.n_rows, np.nan) if self.model.annotated == "logprobs" else None
         sums: dict[str, Tensor] = {}
-        kept = np.flatnonzero(minibatch.segments.sequence_tokens)
-        trained = minibatch.select(kept)
-        for samples in self._micro_batches(trained, units_of(trained, self.unit)):
-            outputs, parts = self._add_gradient(trained.select(samples))
-            for name, part in parts.items():
-                sums[name] = sums[name] + part if name in sums else part
+        for samples in self._micro_batches(part, units_of(part, self.unit)):
+            outputs, parts = self._add_gradient(part.select(samples), once=once)
+            for name, x in parts.items():
+                sums[name] = sums[name] + x if name in sums else x
             if logprobs is not None:
-                logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].detach().cpu().numpy()
-        return {name: float(x) for name, x in sums.items()}, logprobs
+                logprobs[part.rows_of(samples)] = outputs["logprobs"].detach().cpu().numpy()
+        metrics = {name: float(x) for name, x in sums.items()}
+        if not self._skips:
+            return metrics, logprobs
+        share = part.segments.sequence_tokens.sum() / part.segments.tokens
+        means = {name: x if name.split("/")[0] == "loss" else x / share for name, x in metrics.items()}
+        return means | {"skipped": 1.0 - share}, logprobs
 
     @torch.no_grad()
-    def _own_routing(self, minibatch: Batch, replay: RoutingReplay) -> dict[str, float]:
-        """The mismatch without replay, named ``mismatch_own_routing/…``, by a forward pass over the trained samples."""
-        logprobs = np.full(minibatch.n_rows, np.nan)
-        kept = np.flatnonzero(minibatch.segments.sequence_tokens)
-        trained = minibatch.select(kept)
+    def _own_routing(self, part: Batch, replay: RoutingReplay) -> dict[str, float]:
+        """The mismatch without replay, named ``mismatch_own_routing/…``, by another forward pass."""
+        logprobs = np.full(part.n_rows, np.nan)
         with replay.off():
-            for samples in self._micro_batches(trained, np.arange(len(trained))):
-                micro = trained.select(samples)
+            for samples in self._micro_batches(part, np.arange(len(part))):
+                micro = part.select(samples)
                 outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
-                logprobs[minibatch.rows_of(kept[samples])] = outputs["logprobs"].cpu().numpy()
-        return own_routing(mismatch_of(minibatch, logprobs, self.version))
+                logprobs[part.rows_of(samples)] = outputs["logprobs"].cpu().numpy()
+        return own_routing(mismatch_of(part, logprobs, self.version))
 
-    def _add_gradient(self, micro: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts."""
+    def _add_gradient(self, micro: Batch, *, once: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts. ``once`` as above."""
         assert self.context.aggregation is not None
         outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
+        if once and "logprobs" in outputs and "old_logprobs" not in micro.columns:
+            micro = micro.with_columns({"old_logprobs": outputs["logprobs"].detach().cpu().numpy()})
         loss, parts, complaint = shares(micro, outputs, self.context.losses, self.context.aggregation)
         if complaint:
             raise RunError(complaint)
         loss.backward()
         return outputs, parts
 
-    def _origin(self, minibatch: Batch) -> str:
+    def _origin(self, part: Batch) -> str:
         """Whose gradient is not finite. Every unit is computed again, alone: only a step that is refused pays for that."""
         optimizer = self._trained()
-        trained = minibatch.select(np.flatnonzero(minibatch.segments.sequence_tokens))
-        for samples in micro_batches(trained.lengths, units_of(trained, self.unit), 1, padded=False):
+        for samples in self.model.micro_batches(part, units_of(part, self.unit), 1):
             optimizer.zero_grad()
-            self._add_gradient(trained.select(samples))
+            self._add_gradient(part.select(samples), once=True)
             if not optimizer.gradient_norm().isfinite():
-                ids = [str(trained.refs[s].id) for s in samples]
+                ids = [str(part.refs[s].id) for s in samples]
                 return f"; it comes from {'sample' if len(ids) == 1 else 'one of the samples'} {', '.join(ids)}"
         return ", and so is each sample's own gradient: only their sum is not"

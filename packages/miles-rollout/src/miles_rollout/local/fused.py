@@ -1,0 +1,188 @@
+"""One decoding step of a dense decoder of Llama's shape in as few operations as there are, over the memory of its own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .cache import SlotCache
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of a ``model_type`` differ from Llama (biases are seen on the modules).
+
+    Attributes:
+        head_norms: Queries and keys are normalised head by head before they are rotated.
+    """
+
+    head_norms: bool = False
+
+
+FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(), "qwen3": Family(head_norms=True)}
+"""Models that the step below is the decoding step of. All others run as modules."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``weight`` [in, out] and ``bias`` [out] of a linear layer, or of several side by side."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, out]."""
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """Add [n, out] to ``residual`` in place."""
+        residual.addmm_(x, self.weight)
+        if self.bias is not None:
+            residual += self.bias
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of a layer; all of them are the modules' own memory. ``head_norms``: [2, head_dim], of queries and of keys."""
+
+    attention_norm: nn.Module
+    qkv: Linear
+    head_norms: Tensor | None
+    output: Linear
+    mlp_norm: nn.Module
+    gate_up: Linear
+    activation: Callable[[Tensor], Tensor]
+    down: Linear
+    scaling: float
+    epsilon: float
+
+
+class FusedStep:
+    """Decoding of n rows, one token each, that are in the first n slots of the cache.
+
+    Queries, keys and values come out of one matrix product, as do both halves of the MLP. Their weights lie in one tensor, and the
+    modules' parameters are made views of its parts: what is written to one is read by the other, and nothing is held twice.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        config = model.config
+        decoder: Any = model.base_model
+        self._heads: int = config.num_attention_heads
+        self._heads_kv: int = config.num_key_value_heads
+        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._layers = [_layer(layer, family) for layer in decoder.layers]
+        self._rotary: nn.Module = decoder.rotary_emb
+        self._kinds = torch.tensor([0] * self._heads + [1] * self._heads_kv, device=model.device)
+        self._zero = self._embedding.new_zeros(())
+        self._lowest = torch.full_like(self._zero, torch.finfo(model.dtype).min)  # not −∞, which gives NaN where nothing is seen
+        self._size = (0, 0)
+        self._norm: nn.Module = decoder.norm
+        self._head = _fused(model.get_output_embeddings())
+
+    def __call__(self, cache: SlotCache, tokens: Tensor, positions: Tensor, length: int, wanted: Tensor | None) -> Tensor:
+        """Run a token of each row; its keys and values go to the cache.
+
+        Args:
+            cache: Its slots 0 … n − 1 hold the rows.
+            tokens: int64 [n].
+            positions: int64 [n]. A token sees all positions up to its own.
+            length: Positions that attention looks at: the largest of ``positions`` + 1.
+            wanted: int64 [m], rows whose logits are wanted; None: all.
+
+        Returns:
+            Logits [m, V].
+        """
+        n = len(tokens)
+        self._prepare(cache)
+        rotation = self._rotations.index_select(0, positions)[:, None]
+        by_head = positions.repeat_interleave(self._heads_kv)[:, None, None]  # [n · heads_kv, 1, 1]
+        mask = torch.where(self._columns[:length] > by_head, self._lowest, self._zero)
+        written = self._starts[: len(by_head)] + by_head[:, 0, 0]
+        hidden = F.embedding(tokens, self._embedding)
+        for layer, (keys, values) in zip(self._layers, cache.held(), strict=True):
+            query, key, value = self._project(layer, hidden, rotation)
+            head_dim = keys.shape[3]
+            keys.view(-1, head_dim).index_copy_(0, written, key.reshape(-1, head_dim))
+            values.view(-1, head_dim).index_copy_(0, written, value.reshape(-1, head_dim))
+            seen_keys, seen_values = keys[:n].flatten(0, 1)[:, :length], values[:n].flatten(0, 1)[:, :length]
+            # The heads that share a key head are its query rows, so that neither keys nor values are repeated.
+            query = query.reshape(len(written), -1, head_dim)
+            scores = torch.baddbmm(mask, query, seen_keys.transpose(1, 2), alpha=layer.scaling)
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+            layer.output.add_to(hidden, torch.bmm(weights, seen_values).view(n, -1))
+            gate, up = layer.gate_up(_normed(layer.mlp_norm, hidden)).chunk(2, dim=1)
+            layer.down.add_to(hidden, layer.activation(gate).mul_(up))
+        return self._head(_normed(self._norm, hidden if wanted is None else hidden[wanted]))
+
+    def _project(self, layer: Layer, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [n, heads, head_dim], keys and values [n, heads_kv, head_dim]; the former two normalised and rotated."""
+        heads, head_dim = self._heads, rotation.shape[2] // 2
+        projected = layer.qkv(_normed(layer.attention_norm, hidden)).view(len(hidden), -1, head_dim)
+        turning, value = projected[:, : heads + self._heads_kv], projected[:, heads + self._heads_kv :]
+        if layer.head_norms is not None:
+            turning = F.rms_norm(turning, (head_dim,), None, layer.epsilon).mul_(layer.head_norms.index_select(0, self._kinds))
+        cos, sin = rotation[:, :, :head_dim], rotation[:, :, head_dim:]
+        turned = torch.addcmul(turning * cos, turning.roll(head_dim // 2, dims=2), sin)
+        return turned[:, :heads], turned[:, heads:], value
+
+    def _prepare(self, cache: SlotCache) -> None:
+        """What depends only on the size of the cache, when that has changed.
+
+        ``_rotations`` [positions, 2 · head_dim]: cosines, and sines with the sign of the half that they are multiplied with;
+        ``_starts`` [slots · heads_kv]: rows of a layer's cache, seen as [slots · heads_kv · positions, head_dim], where a head begins.
+        """
+        if self._size == (cache.n_slots, cache.length):
+            return
+        self._size = (cache.n_slots, cache.length)
+        device = self._embedding.device
+        self._columns = torch.arange(cache.length, device=device)
+        self._starts = torch.arange(cache.n_slots * self._heads_kv, device=device) * cache.length
+        cos, sin = self._rotary(self._embedding, self._columns[None])
+        sin[..., : sin.shape[2] // 2].neg_()
+        self._rotations = torch.cat([cos[0], sin[0]], dim=1)
+
+
+def fused_step(model: PreTrainedModel) -> FusedStep | None:
+    """The fused step of a model, or None where its ``model_type`` is not one of ``FAMILIES``."""
+    family = FAMILIES.get(model.config.model_type)
+    return None if family is None else FusedStep(model, family)
+
+
+def _layer(module: Any, family: Family) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    return Layer(
+        attention_norm=module.input_layernorm,
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=_joined([attention.q_norm.weight, attention.k_norm.weight]).view(2, -1) if family.head_norms else None,
+        output=_fused(attention.o_proj),
+        mlp_norm=module.post_attention_layernorm,
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        activation=mlp.act_fn,
+        down=_fused(mlp.down_proj),
+        scaling=attention.scaling,
+        epsilon=module.input_layernorm.variance_epsilon,
+    )
+
+
+def _fused(*modules: Any) -> Linear:
+    """The weights of linear modules side by side; the modules' parameters become views of them."""
+    return Linear(_joined([m.weight for m in modules]).t(), None if modules[0].bias is None else _joined([m.bias for m in modules]))
+
+
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    if len(parameters) == 1:
+        return parameters[0].detach()
+    joined = torch.cat([p.detach() for p in parameters])
+    for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return joined
+
+
+def _normed(norm: Any, hidden: Tensor) -> Tensor:
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
