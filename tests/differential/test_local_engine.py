@@ -80,7 +80,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]))
             for weight in model.parameters():
                 if weight.dim() == 1:  # norms start as ones and biases as zeros, one like another
-                    weight.data += 0.05 * torch.randn(weight.shape)
+                    weight.data += 0.03 * torch.randn(weight.shape)
             model.save_pretrained(made[name])
         return made[name]
 

@@ -41,8 +41,8 @@ def check_gates(metrics: Mapping[str, float], gates: Gates, dtype: str, bitwise:
         return
     if bitwise and metrics["mismatch/max_abs"] != 0:
         raise RunError(
-            f"mismatch/max_abs is {metrics['mismatch/max_abs']:.3g} nats, and numerics: bitwise promises 0. Did every weight arrive, and does "
-            "the engine serve this model? Then it is a bug in Miles, or this machine changes its mind (threads, kernels)"
+            f"mismatch/max_abs is {metrics['mismatch/max_abs']:.3g} nats, and numerics: bitwise promises 0. Did every weight arrive, and "
+            "does the engine serve this model? Then it is a bug in Miles, or this machine changes its mind (threads, kernels)"
         )
     bound = MISMATCH[dtype] if gates.mismatch is None else gates.mismatch
     mean_abs, ess = metrics["mismatch/mean_abs"], metrics["mismatch/ess"]
