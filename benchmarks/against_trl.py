@@ -76,7 +76,9 @@ def with_miles(model: Path, task: dict[str, Any], seed: int, skip: bool) -> dict
     """Our loop, local engine and torch trainer."""
     import asyncio
 
-    from miles_core.config import RunConfig
+    import yaml
+
+    from miles_core.config import resolve
     from miles_core.observer import Observer
     from miles_core.runner import Run
 
@@ -85,7 +87,7 @@ def with_miles(model: Path, task: dict[str, Any], seed: int, skip: bool) -> dict
     class Watch(Observer):
         def step(self, row: Any) -> None:
             clock.mark()
-            rewards.append(row["reward/mean"])
+            rewards.append(row["reward"])
 
     with tempfile.TemporaryDirectory() as directory:
         trainer = {"use": "torch", "lr": 3e-4, "warmup_steps": 5, "betas": [0.9, 0.95], "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -107,7 +109,8 @@ def with_miles(model: Path, task: dict[str, Any], seed: int, skip: bool) -> dict
                     "losses": {"ppo": {"use": "ppo_clip", "clip_low": 0.2, "clip_high": 0.28, "old": "current"}},
                 }
             },
-            "data": {"use": "calculator_problems", "size": 1000000, "seed": 1, "shuffle": False},
+            "data": {"use": "calculator_problems", "size": 1000000, "seed": 1},
+            "shuffle": False,
             "stages": {
                 "rl": {
                     "steps": task["steps"],
@@ -122,8 +125,11 @@ def with_miles(model: Path, task: dict[str, Any], seed: int, skip: bool) -> dict
                 }
             },
         }
+        path = Path(directory) / "ours.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        config = resolve(str(path), [])
         clock.mark()
-        asyncio.run(Run(RunConfig.model_validate(recipe), Watch()).start())
+        asyncio.run(Run(config, Watch()).start())
     return clock.result(task["groups"] * task["group_size"], rewards)
 
 

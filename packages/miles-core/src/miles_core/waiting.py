@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import inspect
+import os
+import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -57,7 +60,10 @@ def is_async(function: Any) -> bool:
 
 
 async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run user code that may never return: unlike a pool's, this thread cannot keep the process from ending."""
+    """Run user code that may never return: unlike a pool's, these threads cannot keep the process from ending.
+
+    One that is done serves the next call; a call never waits for another.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -79,5 +85,28 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
-    threading.Thread(target=work, daemon=True, name=f"miles-{getattr(function, '__name__', 'call')}").start()
+    try:
+        thread = _idle.pop()
+    except IndexError:
+        thread = _DaemonThread()
+    thread.work.put(work)
     return await future
+
+
+class _DaemonThread(threading.Thread):
+    """Does one piece of work after another, and is in ``_idle`` between them. Starting a thread costs more than most rewards."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="miles-call")
+        self.work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.work.get()()
+            _idle.append(self)
+
+
+_idle: collections.deque[_DaemonThread] = collections.deque()
+"""Threads without work. Its ``pop`` and ``append`` are atomic."""
+os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
