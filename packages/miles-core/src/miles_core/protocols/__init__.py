@@ -20,7 +20,7 @@ from .algorithms import (
 )
 from .cluster import Cluster, Place, Ranks
 from .data import DataSource, NeedsTokenizer, Ordered, Passage, Prompt, Tokenizer
-from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, WeightSink, WeightSource, WeightTransport
+from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, SharesMemory, WeightSink, WeightSource, WeightTransport
 from .rollout import (
     Environment,
     Generate,
@@ -74,6 +74,7 @@ __all__ = [
     "SampleFilter",
     "SamplingParams",
     "Score",
+    "SharesMemory",
     "StepReport",
     "Tokenizer",
     "Tracker",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -91,6 +91,19 @@ class WeightSource(Protocol):
 
     async def export(self, directory: Path) -> None:
         """Write the weights as a Hugging Face directory (config, safetensors, tokenizer)."""
+        ...
+
+
+@runtime_checkable
+class SharesMemory(Protocol):
+    """A weight source that can keep its weights where an engine of its process reads them, so that a publish copies nothing."""
+
+    def share_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Use these tensors, by Hugging Face name and with the values it has, as the memory of its weights from now on.
+
+        Those that it holds in another form stay where they are. What it trains then changes under the engine: nothing may be sampled
+        between a step and the publish after it.
+        """
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,13 @@ class TorchTrainer:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name as in the exported checkpoint, detached tensor in the compute dtype), tied weights once."""
         return self.model.named_weights()
+
+    def share_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """See SharesMemory. Weights that the checkpoint names otherwise than the modules (fused experts) stay where they are."""
+        for name, parameter in self.model.hf.named_parameters():
+            place = memory.get(name)
+            if place is not None and (place.shape, place.dtype, place.device) == (parameter.shape, parameter.dtype, parameter.device):
+                parameter.data = place
 
     async def save(self, directory: Path) -> None:
         """Write master weights, AdamW's state and counters as safetensors and JSON."""
