@@ -119,7 +119,7 @@ def bare(path: Path, batch: Batch, ours: TorchTrainer) -> Callable[[], float]:
     made: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for samples in ours.model.micro_batches(batch, np.arange(len(batch)), ours.config.micro_batch_tokens):
         micro = batch.select(samples)
-        given = layouts.lay_out(micro, planning.cheapest(micro, ours.model.layouts, ours.model.costs))
+        given = layouts.lay_out(micro, planning.cheapest(micro, ours.model.layouts, ours.model.costs, ours.model.max_tokens))
         options: dict[str, Any] = {"input_ids": torch.from_numpy(given.tokens)}
         if given.places is not None:
             options["position_ids"] = torch.from_numpy(given.positions)

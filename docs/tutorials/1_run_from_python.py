@@ -1,4 +1,4 @@
-"""Run it from Python: the quick start, shortened, without the command line. Half a minute: ``uv run python docs/tutorials/1_run_from_python.py``
+"""Run it from Python: the quick start, shortened. Half a minute: ``uv run python docs/tutorials/1_run_from_python.py``
 
 A recipe becomes a configuration, a configuration becomes a run, a run leaves a directory. The model is made from scratch, learns from
 demonstrations to write sums and answers (stage ``sft``), then finds out by reinforcement that calling its calculator pays (stage ``rl``).

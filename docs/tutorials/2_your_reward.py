@@ -11,6 +11,7 @@ import miles_core as miles
 from miles_core.run_dir import RunDir
 
 SFT, RL = 150, 20  # steps
+SHORT = [f"stages.sft.steps={SFT}", f"stages.rl.steps={RL}", "stages.rl.groups=8"]
 
 
 def right(sample):
@@ -28,20 +29,15 @@ def brief(samples, *, per_token: float = 0.02):
 
 def main():
     here = Path(__file__)
-    config = miles.resolve(
-        "quickstart",
-        [
-            "name=my_reward",
-            f"stages.sft.steps={SFT}",
-            f"stages.rl.steps={RL}",
-            "stages.rl.groups=8",
-            f"import_from=[{here.parent}]",  # where functions are found, also when the run is resumed
-            "stages.rl.environment_weight=0",  # the environment's own points are still reported, and count nothing
-            f"stages.rl.rewards.right.use={here.stem}:right",  # module:function
-            f"stages.rl.rewards.brief={{use: '{here.stem}:brief', per_token: 0.01, weight: 0.5}}",
-        ],
-    )
-    outcome = asyncio.run(miles.Run(config).start())
+    overrides = [
+        "name=my_reward",
+        *SHORT,
+        f"import_from=[{here.parent}]",  # where functions are found, also when the run is resumed
+        "stages.rl.environment_weight=0",  # the environment's own points are still reported, and count nothing
+        f"stages.rl.rewards.right.use={here.stem}:right",  # module:function
+        f"stages.rl.rewards.brief={{use: '{here.stem}:brief', per_token: 0.01, weight: 0.5}}",
+    ]
+    outcome = asyncio.run(miles.Run(miles.resolve("quickstart", overrides)).start())
     for row in RunDir(outcome.run_dir).rows():
         if "reward" in row:  # the sum, and its parts before their weights
             print(f"step {row['step']}: {row['reward']:.2f} = {row['rewards/right']:.2f} right + 0.5 · {row['rewards/brief']:.3f} brief")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import miles_core as miles
-from miles_core.inspection.facts import trajectory_files
 from miles_core.run_dir import RunDir
 from miles_core.sample_io import load_samples
 
 SFT, RL = 150, 20  # steps
+SHORT = [f"stages.sft.steps={SFT}", f"stages.rl.steps={RL}", "stages.rl.groups=8"]
 
 
 class Hotline:
@@ -41,23 +41,17 @@ class Hotline:
 
 def main():
     here = Path(__file__)
-    config = miles.resolve(
-        "quickstart",
-        [
-            "name=my_environment",
-            f"stages.sft.steps={SFT}",
-            f"stages.rl.steps={RL}",
-            "stages.rl.groups=8",
-            f"import_from=[{here.parent}]",  # where the class is found, also when the run is resumed
-            f"stages.rl.rollout.environment={{use: '{here.stem}:Hotline', price: 0.1}}",
-        ],
-    )
-    run = RunDir(asyncio.run(miles.Run(config).start()).run_dir)
-    for file in trajectory_files(run):
-        if file.source == "train":
-            samples = load_samples(file.path)
-            reward, calls = np.mean([s.reward for s in samples]), np.mean([s.metadata.get("calls", 0) for s in samples])
-            print(f"step {file.step}: {calls:.1f} calls, reward {reward:.2f}")
+    overrides = [
+        "name=my_environment",
+        *SHORT,
+        f"import_from=[{here.parent}]",  # where the class is found, also when the run is resumed
+        f"stages.rl.rollout.environment={{use: '{here.stem}:Hotline', price: 0.1}}",
+    ]
+    outcome = asyncio.run(miles.Run(miles.resolve("quickstart", overrides)).start())
+    for path in sorted(RunDir(outcome.run_dir).trajectories.glob("step-*.safetensors")):  # what was sampled and trained, a file a step
+        samples = load_samples(path)
+        reward, calls = np.mean([s.reward for s in samples]), np.mean([s.metadata.get("calls", 0) for s in samples])
+        print(f"{path.stem}: {calls:.1f} calls, reward {reward:.2f}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from miles_core.protocols import LossInputs, LossOutputs
 from miles_core.run_dir import RunDir
 
 SFT, RL = 150, 20  # steps
+SHORT = [f"stages.sft.steps={SFT}", f"stages.rl.steps={RL}", "stages.rl.groups=8"]
 
 
 @miles.loss(needs={"advantages", "logprobs"})
@@ -27,20 +28,15 @@ def tethered(inputs: LossInputs, *, strength: float = 0.1) -> LossOutputs:
 
 def main():
     here = Path(__file__)
-    config = miles.resolve(
-        "quickstart",
-        [
-            "name=my_loss",
-            f"stages.sft.steps={SFT}",
-            f"stages.rl.steps={RL}",
-            "stages.rl.groups=8",
-            f"import_from=[{here.parent}]",
-            # Out with the recipe's term, in with ours; two optimizer steps a batch, so that the ratio has something to say.
-            f"stages.rl.models.policy.losses={{ppo: null, tethered: {{use: '{here.stem}:tethered', strength: 0.5}}}}",
-            "stages.rl.minibatches=2",
-        ],
-    )
-    outcome = asyncio.run(miles.Run(config).start())
+    overrides = [
+        "name=my_loss",
+        *SHORT,
+        f"import_from=[{here.parent}]",
+        # Out with the recipe's term, in with ours; two optimizer steps a batch, so that the ratio has something to say.
+        f"stages.rl.models.policy.losses={{ppo: null, tethered: {{use: '{here.stem}:tethered', strength: 0.5}}}}",
+        "stages.rl.minibatches=2",
+    ]
+    outcome = asyncio.run(miles.Run(miles.resolve("quickstart", overrides)).start())
     for row in RunDir(outcome.run_dir).rows():
         if "reward" in row:
             print(f"step {row['step']}: reward {row['reward']:.2f}, tether {row['tether']:.2e}, gradient {row['grad_norm']:.2f}")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from miles_core.inspection.facts import trajectory_files
 from miles_core.run_dir import RunDir
 from miles_core.sample_io import load_samples
 
@@ -22,9 +21,8 @@ def main(path: str) -> None:
     print(f"reward: {rows[0]['reward']:.2f} at step {rows[0]['step']}, {rows[-1]['reward']:.2f} at step {rows[-1]['step']}")
     print(f"engine and trainer differ by at most {max(row['mismatch/max_abs'] for row in rows):.1e} nats on any token")
 
-    # What was sampled and trained, a file for each step and each evaluation.
-    last = [file for file in trajectory_files(run) if file.source == "train"][-1]
-    samples = load_samples(last.path)
+    # What was sampled and trained, a file a step; what evaluations sampled is in eval-NAME-STEP.safetensors.
+    samples = load_samples(max(run.trajectories.glob("step-*.safetensors")))
     groups = defaultdict(list)
     for sample in samples:
         groups[sample.prompt].append(sample.reward)

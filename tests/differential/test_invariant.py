@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -166,3 +168,11 @@ def test_gradients_of_such_a_model_are_its_own(name: str):
 def test_what_company_changes_is_said():
     """transformers' own model, but for the form of its masks."""
     assert "other bits" in (first_difference(model_of("qwen3"), 38) or "")
+
+
+def test_a_model_whose_attention_is_more_than_scaled_products_is_refused():
+    config = Gemma2Config(**COMMON, hidden_size=32, intermediate_size=64, head_dim=8, attn_logit_softcapping=2.0)
+    model = Gemma2ForCausalLM(config).eval()
+    make_invariant(model)
+    with pytest.raises(ValueError, match="attention with softcap"):
+        model(torch.arange(5)[None])

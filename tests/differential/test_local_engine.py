@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fixtures.engines import Reference
 
+from miles_core.errors import DataError
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext, GenerateRequest, Generation, SamplingParams
 from miles_core.randomness import uniform
@@ -305,6 +306,42 @@ async def test_a_long_context_does_not_hold_up_others(engine_of: Callable[..., E
     short = GenerateRequest("short", np.arange(10, dtype=np.int32), SamplingParams(25), key=1)
     await asyncio.gather(one(long), one(short))
     assert done == ["short", "long"]
+    await engine.close()
+
+
+async def test_a_long_context_gets_its_turn_under_a_stream_of_short_ones(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clients that ask again at once, each time with another context, which as two fill every pass."""
+    monkeypatch.setattr("miles_rollout.local.scheduler.PREFILL_TOKENS", 60)
+    engine, rng = engine_of(), np.random.default_rng(3)
+    long = asyncio.ensure_future(
+        engine.generate(GenerateRequest("long", np.arange(200, dtype=np.int32) % VOCABULARY, SamplingParams(1), 1))
+    )
+
+    async def ask_again(client: int) -> int:
+        for asked in range(300):
+            if long.done():
+                return asked
+            await engine.generate(
+                GenerateRequest(f"{client}-{asked}", rng.integers(0, VOCABULARY, 30).astype(np.int32), SamplingParams(1), 1)
+            )
+            await engine.release(f"{client}-{asked}")
+        return 300
+
+    assert max(await asyncio.gather(*(ask_again(i) for i in range(4)))) < 150  # four passes of 60, one in 16 steps
+    await long
+    await engine.close()
+
+
+async def test_a_session_is_not_released_while_its_call_runs(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    running = asyncio.ensure_future(engine.generate(GenerateRequest("a", np.array([1], np.int32), SamplingParams(50), 1)))
+    await asyncio.sleep(0)
+    with pytest.raises(DataError, match="'a' is released while its call still runs"):
+        await engine.release("a")
+    assert len((await running).tokens) > 0
+    await engine.release("a")
     await engine.close()
 
 

@@ -283,7 +283,7 @@ async def test_an_optimizer_step_without_any_advantage_still_moves_and_decays(mo
 
 
 async def test_metrics_speak_of_the_samples_that_were_computed(models: dict[str, Path]):
-    """Losses of all tokens, means of the others, and the share that was skipped."""
+    """Losses of all tokens, means of the others, and the share that was skipped. Mismatch also of fresh tokens that were skipped."""
     batch = without_advantage(ragged_batch(), [1, 3, 4])
     gone = np.isin(batch.segments.trajectory, [1, 3, 4])
     skipped, tokens = batch.segments.sequence_tokens[gone].sum(), batch.segments.tokens
@@ -299,8 +299,10 @@ async def test_metrics_speak_of_the_samples_that_were_computed(models: dict[str,
     full = await metrics(batch, skip_zero_advantages=False)
     assert less["skipped"] == pytest.approx(skipped / tokens) and "skipped" not in full
     assert less["loss"] == pytest.approx(full["loss"], rel=1e-6) and less["tokens"] == tokens
-    for name in ("entropy", "ratio", "mismatch/mean_abs", "drift/age_1/mean_abs"):
+    for name in ("entropy", "ratio", "drift/age_1/mean_abs"):
         assert less[name] == pytest.approx(others[name], rel=1e-5)
+    for name in ("mismatch/tokens", "mismatch/mean_abs", "mismatch/ess"):
+        assert less[name] == pytest.approx(full[name], rel=1e-5) and less[name] != pytest.approx(others[name], rel=1e-5)
 
 
 async def test_one_term_that_is_not_proportional_keeps_every_sample(models: dict[str, Path]):

@@ -15,7 +15,7 @@ extends: quickstart
 name: bitwise
 numerics: bitwise
 trackers: {}
-models: {policy: {config: %s, trainer: {skip_zero_advantages: false}}}
+models: {policy: {config: %s, trainer: {skip_zero_advantages: false, micro_batch_tokens: 14}}}
 stages:
   sft: {steps: 4, groups: 8, models: {policy: {trainer: {warmup_steps: 0}}}}
   rl:
@@ -73,3 +73,33 @@ def test_a_machine_on_which_numbers_depend_on_their_company_is_refused(miles, mo
     answer = miles("run", "bitwise.yaml", "runs_dir=runs")
     assert answer.code != 0
     assert "numerics: bitwise cannot be had with this Qwen3ForCausalLM on this machine" in answer.sentence
+
+
+@pytest.mark.parametrize("skip", ["true", "false"])
+def test_skipped_samples_are_compared_too(skip: str, miles, tmp_path: Path):
+    """As it comes: whatever is skipped, every fresh token that could be trained is looked at."""
+    (tmp_path / "bitwise.yaml").write_text(BITWISE % MODELS["qwen3_moe"])
+    said = miles("run", "bitwise.yaml", "runs_dir=runs", f"models.policy.trainer.skip_zero_advantages={skip}", "stages.rl.steps=2")
+    assert said.code == 0, said.sentence
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "bitwise" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["mismatch/max_abs"] for row in rows if row["stage"] == "rl"] == [0.0, 0.0]
+    assert [row["mismatch/tokens"] for row in rows if row["stage"] == "rl"] == [
+        row["sampled_tokens"] for row in rows if row["stage"] == "rl"
+    ]
+
+
+def test_attention_sinks_are_not_lost(tmp_path: Path):
+    """gpt-oss has numbers in its attention that plain scaled dot products do not."""
+    import torch
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from miles_core.errors import ConfigError
+    from miles_train.torch_trainer.causal_lm import CausalLM
+
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_local_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"numerics: bitwise cannot be had with this GptOssForCausalLM: .*attention with s_aux"):
+        CausalLM(tmp_path, torch.float32, torch.device("cpu"), "auto", True)

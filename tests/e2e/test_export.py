@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+
+from miles_core.config import RunConfig
+from miles_core.errors import CheckpointError, RunError
+from miles_core.inspection.card import model_card
+from miles_core.inspection.export import export
+from miles_core.run_dir import RunDir
 
 
 @pytest.fixture
@@ -66,6 +73,66 @@ def test_an_export_overwrites_nothing(miles, finished_run):
     Path("model").mkdir()
     said = miles("export", str(finished_run), "model")
     assert said.code == 1 and "model exists; an export overwrites nothing" in said.sentence and not list(Path("model").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lost", "step", "during"),
+    [
+        ("models/final/policy/model.safetensors", None, "miles_core.inspection.export.copy_files"),
+        ("models/final/policy", None, "miles_core.inspection.export.copy_files"),
+        ("checkpoints/step-000004", 4, "miles_core.inspection.export.export_cut"),
+        ("checkpoints/step-000004", 4, "miles_core.assembly.build_trainer"),
+    ],
+)
+def test_weights_that_vanish_meanwhile_are_named_not_the_target(own_run, tmp_path, monkeypatch, lost, step, during):
+    """A run that goes on prunes its checkpoints, and a file may be lost: it is not the target that cannot be written."""
+    real = resolve_name(during)
+
+    def too_late(*arguments):
+        shutil.rmtree(own_run / lost) if (own_run / lost).is_dir() else (own_run / lost).unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(during, too_late)
+    with pytest.raises(CheckpointError, match=rf"{lost}.* cannot be read, or is gone since the export began"):
+        export(RunDir(own_run), tmp_path / "model", step)
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".model-*"))
+
+
+def test_a_target_that_cannot_be_written_is_named(finished_run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file/model cannot be written"):
+        export(RunDir(finished_run), tmp_path / "file" / "model")
+
+
+@pytest.mark.parametrize(
+    ("path", "hub", "fact"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("/home/somebody/secret/base-1", None, "base-1, a local directory"),
+        ("~/secret/base-1", None, "base-1, a local directory"),
+        ("${SECRET_UNSET}/base-1", None, "base-1, a local directory"),
+        ("secret/here", None, "here, a local directory"),
+    ],
+)
+def test_a_card_names_the_hubs_model_and_no_directory_of_this_machine(finished_run, tmp_path, monkeypatch, path, hub, fact):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret" / "here").mkdir(parents=True)
+    config = RunConfig.from_resolved(finished_run / "config.yaml")
+    first = config.stages["sft"]
+    based = first.models["policy"].model_copy(update={"path": path, "config": None, "tokenizer": None})
+    stages = config.stages | {"sft": first.model_copy(update={"models": first.models | {"policy": based}})}
+    config = config.model_copy(update={"stages": stages})
+    _, front, text = model_card(RunDir(finished_run), config, "rl", "policy", 5, "model").split("---\n", 2)
+    assert yaml.safe_load(front).get("base_model") == hub and f"| base model | {fact} |" in text
+    assert "secret" not in (front + text).lower()
+
+
+def test_a_card_explains_the_mismatch_only_where_it_was_measured(own_run):
+    config, run = RunConfig.from_resolved(own_run / "config.yaml"), RunDir(own_run)
+    assert "`mismatch/…`:" in model_card(run, config, "rl", "policy", 5, "model")
+    run.metrics.write_text('{"step": 1, "stage": "sft", "stage_step": 1, "loss": 0.5}\n')
+    card = model_card(run, config, "rl", "policy", 5, "model")
+    assert "| loss | 0.5 | 1 |" in card and "mismatch" not in card
 
 
 def test_what_cannot_be_exported_is_a_sentence_and_leaves_nothing(miles, own_run, tmp_path):

@@ -26,7 +26,7 @@ def own_run(finished_run, tmp_path) -> Path:
 def test_the_list_names_what_can_be_shown_in_full(miles, finished_run):
     said = miles("inspect", str(finished_run), "--step", "4..5", "--json")
     listed = [json.loads(line) for line in said.out.splitlines()]
-    assert said.code == 0 and {(f["step"], f["source"]) for f in listed} == {(4, "train"), (5, "train"), (5, "held_out")}
+    assert said.code == 0 and {(f["step"], f["source"]) for f in listed} == {(4, "(train)"), (5, "(train)"), (5, "held_out")}
     [wanted] = [f for f in listed if f["address"] == "5:3"]
     sample = load_samples(finished_run / "trajectories" / "step-000005.safetensors")[3]
     assert wanted["group"] == sample.id.group and wanted["reward"] == sample.reward and wanted["oldest"] == wanted["newest"] == 4
@@ -63,6 +63,8 @@ def test_filters_and_groups(miles, finished_run):
     for group in groups[:2]:
         rewards = [s.reward for s in samples if s.id.group == group["group"]]
         assert (group["size"], group["mean"], group["std"]) == (4, np.mean(rewards), np.std(rewards))
+    said = miles("inspect", str(finished_run), "--step", "5", "--reward", str(samples[0].reward), "--groups", "--json")
+    assert all(json.loads(line)["size"] == 4 for line in said.out.splitlines() if json.loads(line)["source"] == "(train)")  # whole groups
     nothing = miles("inspect", str(finished_run), "--prompt", "no such text")
     assert nothing.code == 0 and "0 trajectories, chosen among 40" in nothing.out
 
@@ -118,6 +120,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(miles, own_run):
         (("5:0", "--by", "logprob"), "Did you mean 'logprobs'?"),
         (("held_out@5:0", "--by", "ratio"), "has no ratio: it has no old_logprobs"),
         (("--html", "no/page.html"), "the page cannot be written"),
+        (("--html", "."), ". is a directory; --html names the page's file, such as page.html"),
         (("5:0", "--step", "5"), "'5:0' names one trajectory; --step is for lists"),
         (("--html", "page.html", "--json"), "leave --json out"),
     ],

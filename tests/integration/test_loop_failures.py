@@ -159,6 +159,7 @@ async def go_on(loop):
     loop.buffer.counts, loop.buffer.ready = state.buffer_counts(), cut.read_ready(directory, state)
     loop.producer.position, loop.producer.reissue = state.position, list(state.in_flight)
     loop.step = loop.saved_step = state.step
+    loop.owes_evaluation = state.owes_evaluation
     return loop
 
 
@@ -221,7 +222,8 @@ async def test_the_last_whole_step_is_saved_before_the_error_goes_on(tmp_path, p
     with pytest.raises(RunError, match=f"{place} failed") as found:
         await loop.run()
     assert cut.newest(loop.run_dir.checkpoints, "toy")[1].step == saved
-    assert found.value.__notes__ == [f"What was learned is saved. Go on with: miles resume {tmp_path}"]
+    what = "What was learned until the last good cut" if loop.step > saved else "What was learned"
+    assert found.value.__notes__ == [f"{what} is saved. Go on with: miles resume {tmp_path}"]
 
 
 async def test_a_step_that_is_refused_after_another_policy_took_its_own_is_no_consistent_state(tmp_path):
@@ -292,3 +294,15 @@ async def test_weights_are_exported_all_or_none(tmp_path):
         assert [(final / n / "config.json").read_text() for n in ("a", "b")] == [text, text]
     await export({"a": Exporter("4")}, final.with_name("next"), idle=[final / "b"])
     assert [(tmp_path / "next" / n / "config.json").read_text() for n in ("a", "b")] == ["4", "3"]  # handed on
+
+
+async def test_an_evaluation_that_a_failure_took_is_made_by_the_next_life(tmp_path):
+    """The step was trained and its weights saved; what they are worth must not stay unknown."""
+    with pytest.raises(RunError, match="evaluate failed"):
+        await life(tmp_path, Failures("evaluate", 3)).run()
+    assert cut.newest(tmp_path / "checkpoints", "toy")[1].owes_evaluation
+    loop = await go_on(life(tmp_path, Failures()))
+    await loop.run()
+    rows = [json.loads(line) for line in loop.run_dir.metrics.read_text().splitlines()]
+    assert [row["stage_step"] for row in rows if "eval/e/avg@1" in row] == [0, 2, 4, 5]
+    assert not cut.newest(tmp_path / "checkpoints", "toy")[1].owes_evaluation

@@ -6,6 +6,7 @@ buffer and the cut are the real ones.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
 
@@ -315,6 +316,10 @@ async def test_the_one_knob_bounds_the_age_of_what_is_trained(make_loop, max_sta
     take = loop.buffer.take
 
     async def watched(seconds):
+        admitted = min(32, (loop.version + max_staleness + 1) * 4)
+        async with asyncio.timeout(10):  # training takes no time here: rollout shall come as far as it may
+            while loop.buffer.counts.taken + len(loop.buffer.ready) < admitted:
+                await asyncio.sleep(0)
         groups = await take(seconds)
         ages.extend(loop.version - r.versions[0] for g in groups for r in g.refs)
         return groups

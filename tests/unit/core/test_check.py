@@ -132,6 +132,7 @@ def test_a_good_recipe_is_good():
         ({"models.critic": CRITIC}, ["model critic", "needs 'returns'"]),
         ({"rollout.group_size": 1}, ["advantage 'grpo' needs 'groups'", "group_size to at least 2"]),
         ({"rewards": {}}, ["advantage 'grpo' needs 'rewards'", "Add rewards"]),
+        ({"rewards.environment": HERE + "reward"}, ["rewards.environment", "give the reward another"]),
         ({"rollout": HERE + "play"}, ["needs 'logprobs'", "@miles.rollout(gives="]),
         ({"rollout": "read"}, ["needs 'logprobs'"]),
         ({"rollout.sampling.temperature": 0}, ["temperature is 0", "greedy"]),

@@ -31,6 +31,22 @@ def test_final_best_and_at_a_step(tmp_path):
     assert run.at("reward", 9) is None and run.final("kl") is None and run.best("kl") is None
 
 
+def test_only_of_what_is_success_more_is_better(tmp_path):
+    more = ("reward", "tokens_per_second", "eval/held_out/avg@4", "eval/held_out/pass@16", "eval/held_out/reward")
+    neither = (
+        "eval/held_out/length",
+        "eval/held_out/truncated",
+        "eval/held_out/avg@4/std",
+        "reward/std",
+        "rewards/judge/unscored",
+        "entropy",
+    )
+    less = ("loss", "seconds", "mismatch/mean_abs", "truncated")
+    run = run_of(tmp_path, "a", "name: a\n", [{"step": n} | dict.fromkeys(more + neither + less, v) for n, v in enumerate((0.5, 0.9, 0.1))])
+    found = {name: run.best(name) for name in run.series}
+    assert found == dict.fromkeys(more, (1, 0.9)) | dict.fromkeys(neither) | dict.fromkeys(less, (2, 0.1))
+
+
 def test_a_step_that_was_logged_twice_counts_with_what_came_last(tmp_path):
     rows = [{"step": 3, "loss": 1.0}, {"step": 3, "eval/x/avg@1": 0.5}, {"step": 3, "loss": 2.0}]
     run = run_of(tmp_path, "a", "name: a\n", rows)

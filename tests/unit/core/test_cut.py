@@ -39,7 +39,9 @@ def take_cut(checkpoints, step, *, ready=(), keep=9, **fields):
         (partial / "models" / "policy").mkdir(parents=True)
         (partial / "models" / "policy" / "weights.bin").write_bytes(WEIGHTS + str(step).encode())
         described = [(g.id, g.position, len(g.refs)) for g in ready]
-        return cut.commit(partial, state(step, ready=described, **fields), list(ready), keep)
+        final = cut.commit(partial, state(step, ready=described, **fields), list(ready))
+    cut.prune(final, keep)
+    return final
 
 
 def weights_of(directory):
@@ -361,7 +363,7 @@ def test_a_full_disk_names_path_and_room_and_leaves_the_cut_before_it(small_disk
     large = [GroupRef.of(Group(f"g{i}", random_samples(i, groups=1)), i) for i in range(400)] if where == "buffer" else []
     with pytest.raises(cut.CutNotWritten) as found, cut.begin(small_disk, 2) as partial:
         write_weights(partial, 1_000 if where == "buffer" else 200_000)
-        cut.commit(partial, state(2), large, 2)
+        cut.commit(partial, state(2), large)
     said = str(found.value)
     assert said.startswith(f"the cut of step 2 cannot be written: the disk of {small_disk} is full (No space left on device")
     assert "Make room, or lower keep_checkpoints. The last good cut, step-000001, takes " in said

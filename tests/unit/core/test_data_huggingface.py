@@ -15,6 +15,7 @@ import pytest
 
 from miles_core.cursor import Cursor
 from miles_core.data.huggingface import HuggingFaceSource
+from miles_core.data.stream import StreamedRows
 from miles_core.errors import ConfigError, DataError, PluginError
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext
@@ -150,11 +151,11 @@ def test_a_stream_keeps_two_windows_and_asks_for_its_columns_only(load) -> None:
 def test_a_stream_that_ends_early_says_so(load, tmp_path_factory: pytest.TempPathFactory) -> None:
     rows = tmp_path_factory.mktemp("set") / "train.jsonl"
     rows.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
-    options = {"split": "train", "streaming": True}
-    assert len(load(str(rows.parent), **options)) == 3
+    source = load(str(rows.parent), split="train", streaming=True)
+    assert len(source) == 3
     rows.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"ended after 1 rows, 3 were promised"):
-        load(str(rows.parent), **options)[2]
+        source[2]
 
 
 @pytest.mark.parametrize(
@@ -210,3 +211,54 @@ def test_without_datasets_the_extra_is_named(load, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PluginError, match=r"'datasets' is not installed; it comes with the extra miles-core\[data\]"):
         load("hub", split="train")
+
+
+def breaking_once(row: int) -> datasets.IterableDataset:
+    """Rows q0 to q39 in four shards; the first time that ``row`` is read, the connection breaks."""
+    broken = []
+
+    def rows(shards):
+        for number in (n for shard in shards for n in range(10 * shard, 10 * shard + 10)):
+            if number == row and not broken:
+                broken.append(number)
+                raise OSError("connection reset")
+            yield {"prompt": f"q{number}"}
+
+    return datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": [0, 1, 2, 3]})
+
+
+@pytest.mark.parametrize("row", [3, 13, 20])
+def test_a_stream_that_broke_inside_a_window_goes_on_with_the_right_rows(tmp_path: Path, row: int) -> None:
+    """Other groups of the step ask again before the run stops; nor may the next life begin a window where the break was."""
+    states = tmp_path / "states.jsonl"
+    rows = StreamedRows(breaking_once(row), "d train", "train", 10, 40, None, states)
+    with pytest.raises(DataError, match=rf"d train cannot be read in rows {row // 10 * 10} to .*: connection reset"):
+        rows[39]
+    for number in range(2):
+        assert [rows[i]["prompt"] for i in (12, 25, 39, 0)] == ["q12", "q25", "q39", "q0"], f"life {number}"
+        rows = StreamedRows(breaking_once(-1), "d train", "train", 10, 40, None, states)
+
+
+def test_no_window_begins_behind_an_end(tmp_path: Path) -> None:
+    """A stream that ended early, once, is no reason to take its end for the begin of a window ever after."""
+    states = tmp_path / "states.jsonl"
+    rows = [{"prompt": f"q{i}"} for i in range(13)]
+    short = StreamedRows(datasets.Dataset.from_list(rows).to_iterable_dataset(), "d train", "train", 10, 40, None, states)
+    with pytest.raises(DataError, match="ended after 13 rows, 40 were promised"):
+        short[14]
+    assert [fact["window"] for fact in _facts(states)] == [1]
+
+
+def test_a_stream_without_a_readable_row_is_a_sentence(load, tmp_path_factory: pytest.TempPathFactory) -> None:
+    broken = tmp_path_factory.mktemp("set")
+    (broken / "train.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(DataError, match=rf"{broken} train cannot be read, not even its first row: "):
+        load(str(broken), split="train", streaming=True)
+
+
+def test_what_was_remembered_of_other_files_is_not_used(load, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.mktemp("set")
+    for prompts in (["a", "b", "c"], ["d", "e", "f", "g", "h"]):
+        (directory / "train.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+        source = load(str(directory), split="train", streaming=True, shuffle_window=2)
+        assert [prompt.text for prompt in source] == prompts

@@ -279,3 +279,11 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(PluginError, match=r"'pyarrow.*' is not installed; it comes with the extra miles-core\[data\]"):
         open_source(tmp_path / "rows.parquet")
+
+
+def test_a_column_of_the_first_rows_reads_their_row_groups_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(shards(tmp_path, LAYOUT).glob("*.parquet"))
+    rows = ParquetFiles(files, tmp_path, ["answer"], 4, limit=6)
+    load, read = ParquetFiles._load, []
+    monkeypatch.setattr(ParquetFiles, "_load", lambda self, group, columns: read.append(group.number) or load(self, group, columns))
+    assert list(rows.column("answer")) == list(range(6)) and read == [0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import replace
 from io import StringIO
@@ -12,13 +14,14 @@ import pytest
 from fixtures.samples import HARD_CASES, answer, ragged, random_samples, sample_id, tool_turn, two_branches
 from rich.console import Console
 
+from miles_core.cli.inspect import Seen, show_list, show_one
 from miles_core.columns import COLUMNS, ColumnSpec, register_column
 from miles_core.errors import ConfigError, DataError
 from miles_core.inspection.facts import files_of_steps, prompt_text, sample_at, trajectory_files
 from miles_core.inspection.groups import grouped
 from miles_core.inspection.selection import Range, Selection
 from miles_core.inspection.terminal import group_listing, listing, one_line, visible
-from miles_core.inspection.tokens import Vocabulary, intensities, quantities, stretches
+from miles_core.inspection.tokens import Vocabulary, intensities, quantities, stretches, tokenizer_directory
 from miles_core.run_dir import RunDir
 from miles_core.sample_io import save_samples
 from miles_core.tokenizers import TokenizerConfig, build_tokenizer
@@ -46,7 +49,7 @@ def test_facts_are_those_of_the_samples(run, seed):
     assert len(facts) == len(samples)
     for number, (f, s) in enumerate(zip(facts, samples, strict=True)):
         sampled = s.versions[s.versions >= 0]
-        assert (f.address, f.step, f.source) == (f"7:{number}", 7, "train")
+        assert (f.address, f.step, f.source) == (f"7:{number}", 7, "(train)")
         assert (f.policy, f.prompt_id, f.group) == (s.id.policy, s.id.prompt, s.id.group)
         assert (f.trajectory, f.branch, f.attempt) == (s.id.trajectory, s.id.branch, s.id.attempt)
         assert (f.reward, f.rewards, f.status, f.turns) == (s.reward, s.rewards, s.status.value, len(s.turns))
@@ -61,9 +64,9 @@ def test_files_are_in_order_and_others_are_none_of_ours(run):
     (run.trajectories / "step-000011.safetensors.partial").touch()
     (run.trajectories / "notes.safetensors").touch()
     assert [(f.step, f.source, f.address(3)) for f in trajectory_files(run)] == [
-        (2, "train", "2:3"),
+        (2, "(train)", "2:3"),
         (2, "held-out", "held-out@2:3"),
-        (10, "train", "10:3"),
+        (10, "(train)", "10:3"),
         (10, "a", "a@10:3"),
     ]
     assert [f.step for f in files_of_steps(run, Range(3, 10))] == [10, 10]
@@ -111,7 +114,7 @@ def test_what_is_not_there_is_a_sentence(run):
         "x": "STEP:NUMBER",
         "20:0": "that step",
         "3:1": "those of step 3 are 3:0 to 3:0",
-        "held_out@3:0": "no trajectories of 'held_out' at step 3, only of train",
+        "held_out@3:0": "no trajectories of 'held_out' at step 3, only of (train)",
     }.items():
         with pytest.raises(ConfigError, match=re.escape(said)):
             sample_at(run, address)
@@ -155,6 +158,66 @@ def test_a_selection_holds_by_reward_and_by_prompt(run):
     assert held(prompt="SEVEN") == ["1:0", "1:1"]
     assert held(prompt="prompt-g1") == ["1:1"] and held(prompt="prompt-") == []  # an id is meant whole
     assert prompt_text({"a": "ü"}) == '{"a": "ü"}' and prompt_text(None) == ""
+
+
+def test_an_evaluator_called_train_is_told_from_training(run):
+    write(run, "step-000003", tool_turn())
+    write(run, "eval-train-000003", two_branches())
+    assert [f.address for file in trajectory_files(run) for f in file.facts()] == ["3:0", "train@3:0", "train@3:1"]
+    assert sample_at(run, "3:0")[1].id == tool_turn()[0].id and sample_at(run, "train@3:1")[1].id == two_branches()[1].id
+
+
+def test_a_filter_chooses_groups_and_their_numbers_are_those_of_all_members(run):
+    rewards = {"g0": [1.0, 0.0, 0.0, 1.0], "g1": [0.0, 0.0, 0.0, 0.0], "g2": [0.0, 0.0, 0.0, 1.0]}
+    write(run, "step-000001", [answer(sample_id(t, group=g), [5], [1], reward=r) for g, of in rewards.items() for t, r in enumerate(of)])
+    seen = Seen(Selection(rewards=Range(1, 1)), files_of_steps(run), whole_groups=True)
+    found = {g.group: (g.size, g.mean, g.least, g.most, g.std) for g in grouped(seen)}
+    assert found == {g: (4, np.mean(rewards[g]), 0.0, 1.0, np.std(rewards[g])) for g in ("g0", "g2")}
+    assert (seen.matching, seen.total) == (3, 12)
+    assert [f.reward for f in Seen(seen.selection, seen.files, whole_groups=False)] == [1.0] * 3  # a list has the matching ones only
+
+
+def test_what_a_filter_is_called_is_read_as_the_same_filter():
+    for asked in (Range(0, 0.5), Range(high=0), Range(low=-1.25), Range(3, 3)):
+        assert Range.parse(str(asked), "--reward") == asked
+
+
+def test_what_is_printed_for_machines_has_no_nan(run, capsys):
+    [sample] = tool_turn()
+    sample.label, sample.metadata["scores"] = {"best": math.inf}, [1.5, math.nan, (-math.inf, "NaN", None)]
+    sample.reward = math.nan
+    write(run, "step-000001", [sample])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    show_one(run, "1:0", "logprobs", True)
+    said = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert said["label"] == {"best": None} and said["metadata"]["scores"] == [1.5, None, [None, "NaN", None]] and said["reward"] is None
+    assert said["columns"]["logprobs"] == [None if math.isnan(v) else float(v) for v in sample.logprobs]
+    show_list(run, Selection(), 40, False, True)
+    show_list(run, Selection(), 40, True, True)
+    one, group = (json.loads(line, parse_constant=refuse) for line in capsys.readouterr().out.splitlines())
+    assert one["reward"] is None and group["mean"] is None
+
+
+def test_a_file_that_was_written_anew_meanwhile_is_named(run):
+    write(run, "step-000001", two_branches())
+    [file] = trajectory_files(run)
+    listed = file.facts()
+    assert [s.id for s in file.samples(listed[::-1])] == [s.id for s in two_branches()[::-1]]
+    for other in (two_branches()[:1], two_branches()[::-1]):  # fewer samples; as many, but others
+        write(run, "step-000001", other)
+        with pytest.raises(DataError, match=r"step-000001\.safetensors: another file now than when it was listed: 1:"):
+            file.samples(listed)
+
+
+def test_an_unfinished_export_gives_no_tokenizer(run):
+    tokenizer = build_tokenizer(TokenizerConfig(kind="words", words=("a",)), ["a"])
+    tokenizer.save_pretrained(run.models / "final.partial" / "policy")
+    assert tokenizer_directory(run, "policy") is None
+    tokenizer.save_pretrained(run.models / "rl" / "policy")
+    assert tokenizer_directory(run, "policy") == run.models / "rl" / "policy"
 
 
 def test_in_a_group_a_trajectory_counts_once(run):

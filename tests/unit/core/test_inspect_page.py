@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.samples import HARD_CASES, answer, random_samples, sample_id, tool_turn
+from fixtures.samples import HARD_CASES, answer, random_samples, sample_id, tool_turn, two_branches
 
-from miles_core.errors import MilesError, RunError
+from miles_core.errors import ConfigError, MilesError, RunError
 from miles_core.inspection.facts import Facts, trajectory_files
 from miles_core.inspection.page import chosen_blocks, write_page
 from miles_core.inspection.tokens import quantities
@@ -175,6 +176,93 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     page = tmp_path / "page.html"
     assert "0 trajectories" in write_page(run, [], [], page, 0, unexpected) and Page(page).index()["columns"]["step"] == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mini", "page.html"]
+
+
+def test_a_page_has_no_nan(tmp_path):
+    [sample] = tool_turn()
+    sample.label, sample.reward = [math.nan, "NaN", 1], math.inf
+    page = page_of(tmp_path, {"step-000001": [sample]})
+    [stored], _ = page.block(0)
+    assert stored["label"] == [None, "NaN", 1] and page.index()["columns"]["reward"] == [None]
+
+
+def test_an_evaluator_called_train_has_a_page_of_its_own_samples(tmp_path):
+    page = page_of(tmp_path, {"step-000003": tool_turn(), "eval-train-000003": two_branches()})
+    index = page.index()
+    assert [index["tables"]["source"][s] for s in index["columns"]["source"]] == [index["train"], "train", "train"]
+    stored = [page.block(b)[0][w]["id"] for b, w in zip(index["columns"]["block"], index["columns"]["within"], strict=True)]
+    assert stored == [str(s.id) for s in [*tool_turn(), *two_branches()]]
+
+
+def test_a_file_that_was_written_anew_meanwhile_is_passed_over(tmp_path):
+    run = RunDir.create(tmp_path, "mini")
+    run.config.write_text("name: mini\n")
+    for name in ("step-000001", "step-000002"):
+        save_samples(run.trajectories / f"{name}.safetensors", two_branches())
+    files, told = trajectory_files(run), []
+    listed = [f for file in files for f in file.facts()]
+    save_samples(files[0].path, two_branches()[:1])
+    assert "4 trajectories, 2 with their tokens" in write_page(run, listed, files, tmp_path / "page.html", 10**6, told.append)
+    assert len(told) == 1 and "step-000001.safetensors: another file now" in str(told[0])
+    index = Page(tmp_path / "page.html").index()
+    assert [b < 0 for b in index["columns"]["block"]] == [True] * 2 + [False] * 2
+
+
+def test_whatever_happens_nothing_half_written_is_left(tmp_path):
+    run = RunDir.create(tmp_path, "mini")
+    run.config.write_text("name: mini\n")
+    save_samples(run.trajectories / "step-000001.safetensors", tool_turn())
+    files = trajectory_files(run)
+    listed = files[0].facts()
+
+    def interrupted(error: MilesError) -> None:
+        raise KeyboardInterrupt
+
+    files[0].path.write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt):
+        write_page(run, listed, files, tmp_path / "page.html", 10**6, interrupted)
+    for directory in (tmp_path, Path(".")):
+        with pytest.raises(ConfigError, match="is a directory; --html names the page's file"):
+            write_page(run, [], [], directory, 0, unexpected)
+    assert [p.name for p in tmp_path.iterdir()] == ["mini"]
+
+
+def shown_by(browser_page: Path, profile: Path) -> Page:
+    """The page as Chromium has it after its scripts ran."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command += ["--virtual-time-budget=10000", "--dump-dom", browser_page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    browser_page.with_suffix(".shown").write_text(done.stdout)
+    return Page(browser_page.with_suffix(".shown"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_in_a_browser_a_filter_chooses_groups_and_their_numbers_are_those_of_all_members(tmp_path):
+    run = RunDir.create(tmp_path, "mini")
+    rewards = {"g0": [1.0, 0.0, 0.0, 1.0], "g1": [0.0, 0.0, 0.0, 0.0], "g2": [0.0, 0.0, 0.0, 1.0]}
+    samples = [answer(sample_id(t, group=g), [5], [1], reward=r) for g, of in rewards.items() for t, r in enumerate(of)]
+    save_samples(run.trajectories / "step-000001.safetensors", samples)
+    run.config.write_text("name: mini\n")
+    files, page = trajectory_files(run), tmp_path / "page.html"
+    write_page(run, files[0].facts(), files, page, 10**6, unexpected, rewards="1..")
+    shown = shown_by(page, tmp_path / "profile")
+    [count] = [text for _, a, text in shown.elements if a.get("id") == "count"]
+    assert count.startswith("3 of 12 trajectories")  # as the command was asked
+
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())  # the test's own script has no hash in it
+    page.write_text(
+        text.replace("</body>", "<script>begin().then(() => { form.elements.groups.checked = true; refresh(); });</script></body>")
+    )
+    shown = shown_by(page, tmp_path / "profile")
+    [count] = [text for _, a, text in shown.elements if a.get("id") == "count"]
+    assert count.startswith("2 groups with 3 of 12 trajectories")
+    cells = [text for tag, _, text in shown.elements if tag == "span"]
+    lines = [cells[i : i + 10] for i in range(0, len(cells), 10)]
+    assert [(line[2], line[3], line[5], line[7], line[8]) for line in lines] == [
+        ("g0", "0.5", "4", "0", "1"),
+        ("g2", "0.25", "4", "0", "1"),
+    ]
 
 
 @pytest.mark.slow

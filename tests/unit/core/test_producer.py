@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -70,13 +71,16 @@ async def test_groups_come_with_their_position_epoch_and_policy():
 
 
 async def test_as_many_run_at_once_as_admission_allows_and_no_more():
-    running, most = 0, []
+    running, most, full = 0, [], asyncio.Event()
 
     async def slow(prompt, context):
         nonlocal running
         running += 1
         most.append(running)
+        if running == 6:
+            full.set()
         version = made.buffer.counts.version
+        await asyncio.wait_for(full.wait(), 5)
         await asyncio.sleep(0.001)
         running -= 1
         return members(prompt, context, version=version)
@@ -320,3 +324,15 @@ async def test_every_position_is_ready_dropped_taken_or_in_flight_at_any_moment(
     watching.cancel()
     look()
     assert set(made.in_flight()) | {g.position for g in made.buffer.ready} | taken | dropped >= set(range(made.position))
+
+
+async def test_a_prompt_that_does_not_come_stops_nothing_but_its_step(monkeypatch):
+    """A source that waits for a disk or a network leaves the event loop free, and its deadline says what was waited for."""
+    there = threading.Event()
+    monkeypatch.setattr(Prompts, "__getitem__", lambda self, index: there.wait(20) and Prompt(str(index), ""))
+    made = producer(good, group_seconds=0.05)
+    try:
+        with pytest.raises(RunError, match=r"the producer waited 0\.05 s for the prompt at position 0"):
+            await take(made)
+    finally:
+        there.set()

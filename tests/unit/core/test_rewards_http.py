@@ -11,7 +11,9 @@ from fixtures.rewards import END, config, responded, scorer
 from fixtures.services import HangUp, Raw, Service
 from pydantic import ValidationError
 
+from miles_core.config import Deadlines
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, RunError
+from miles_core.plugins import config_class
 from miles_core.rewards import endpoint
 
 
@@ -239,6 +241,26 @@ async def test_a_key_that_is_refused_is_named_by_its_variable_only(service, monk
     assert "secret" not in str(found.value)
 
 
+@pytest.mark.parametrize("status", [200, 401, 404, 422, 500])
+@pytest.mark.parametrize("told", ['{"detail": "KEY"}', "x" * 190 + "KEY", "KEY", '[["KEY"]]'])
+async def test_a_key_that_the_service_says_again_is_not_shown(service, monkeypatch, status, told):
+    monkeypatch.setenv("MY_KEY", "sk-secret-12345")
+    service.script(Raw(status, told.replace("KEY", "Bearer sk-secret-12345").encode()))
+    for per in ("sample", "group"):
+        with pytest.raises(Exception, match="reward http of sample policy/g0") as found:
+            await scored(service, responded("x"), key_variable="MY_KEY", attempts=1, per=per)
+        assert "sk-" not in str(found.value) and "<MY" in str(found.value)
+
+
+@pytest.mark.parametrize("reward", ["http", "judge"])
+def test_the_defaults_let_a_hanging_service_be_named_before_the_group_s_deadline(reward):
+    """A group is played three times; what is left is for its sampling."""
+    fields = config_class("reward", reward).model_fields
+    attempts, timeout_s = fields["attempts"].default, fields["timeout_s"].default
+    pauses = sum(min(endpoint.LONGEST_PAUSE_S, 2.0**n) for n in range(attempts - 1))
+    assert 3 * (attempts * timeout_s + pauses) <= Deadlines().group * 0.6
+
+
 # ---- many at once --------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +282,47 @@ async def test_so_many_at_once_and_no_more_and_nobody_s_wait_counts(service):
     samples = [responded("x", trajectory=i) for i in range(12)]
     assert await scored(service, *samples, concurrency=3) == [1.0] * 12
     assert most == 3
+
+
+async def test_who_waits_for_a_turn_at_a_service_that_hangs_fails_with_it(service):
+    """Else the groups' deadline would come first, and name the rollout. Who asks afterwards is a new try."""
+    release = threading.Event()
+    service.asked.clear()
+    service.answer = lambda asked: release.wait(30) and 0.5
+    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=0.3))
+    groups = [scoring.score_group([responded("x", trajectory=i)]) for i in range(6)]
+    failures = await asyncio.gather(*groups, return_exceptions=True)
+    assert all(isinstance(failure, InfrastructureFailure) for failure in failures), failures
+    assert len(service.asked) == 2
+    assert sum("hangs: nobody got an answer in 1 attempts of 0.3 s while" in str(failure) for failure in failures) == 4
+    release.set()
+    again = responded("x")
+    await scoring.score_group([again])
+    assert again.reward == 0.5
+
+
+async def test_one_request_that_hangs_is_no_service_that_hangs(service):
+    """Trajectory 0 gets no answer, 1 one after a while, 2 one when 3 is asked: which waited for its turn all the time."""
+    release, third = threading.Event(), threading.Event()
+
+    def answer(asked):
+        number = int(asked.body["id"].split("/t")[1][0])
+        if number == 0:
+            release.wait(30)
+        elif number == 1:
+            release.wait(0.5)
+        elif number == 2:
+            third.wait(30)
+        else:
+            third.set()
+        return 1.0
+
+    service.answer = answer
+    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=1.0))
+    samples = [responded("x", trajectory=i) for i in range(4)]
+    await asyncio.gather(*(scoring.score_group([sample]) for sample in samples), return_exceptions=True)
+    release.set()
+    assert [sample.reward for sample in samples] == [None, 1.0, 1.0, 1.0]
 
 
 async def test_connections_are_shared_while_they_are_used_and_closed_after(service):
@@ -310,13 +373,16 @@ async def test_one_that_fails_takes_the_others_back(service):
         ("ftp://host/score", "is no URL"),
         ("http:///score", "is no URL"),
         ("http://me:secret@host/score", "holds no password"),
+        ("http://host/score?api_key=secret", "holds no '\\?' or '#'"),
+        ("http://host/score#secret", "holds no '\\?' or '#'"),
         ("http://host:99999/score", "(?i)port"),
         ("http://ho st/score", "is no URL"),
     ],
 )
 def test_a_url_that_is_none(url, said):
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(ValidationError, match=said) as found:
         config("http", url=url)
+    assert "secret" not in found.value.errors()[0]["msg"]
 
 
 def test_a_key_that_is_not_set_is_missing(monkeypatch):

@@ -207,3 +207,30 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, bpe, nested: bo
         ConfigError, match=rf"does not match the model: its token '.*' has id {of_text}, but config.json says vocab_size {of_text}"
     ):
         load(of_text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.json", "{", "config.json cannot be read as JSON: "),
+        ("config.json", "[]", "config.json holds a list; expected a JSON object"),
+        ("tokenizer_config.json", '{"tokenizer_class": ', "tokenizer_config.json cannot be read as JSON: "),
+    ],
+)
+def test_a_broken_description_is_a_sentence(tmp_path: Path, bpe, name: str, text: str, said: str) -> None:
+    bpe.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/{said}"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_added_tokens_only_is_refused(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_tokens([AddedToken("a"), AddedToken("b")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 2, "text_config": null}')
+    with pytest.raises(ConfigError, match=f"the tokenizer in {tmp_path} has no tokens but added ones"):
+        load_tokenizer(tmp_path)

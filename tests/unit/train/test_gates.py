@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from miles_core.batch import Batch
 from miles_core.errors import RunError, StepRefused
-from miles_core.protocols import LossInputs, LossOutputs
+from miles_core.protocols import LossInputs, LossOutputs, LossTerm
 from miles_core.refs import SampleRef
 from miles_train.gates import MISMATCH, check_gates
 from miles_train.mismatch import mismatch_metrics
@@ -97,6 +98,43 @@ async def test_few_tokens_that_carry_all_the_weight_are_refused(dense: Path):
     assert same(weights(trainer), before)
     report = await at(3, dense, gates={"mismatch": 1.0, "ess": 0.0}).step(moved(batch, off))
     assert report.metrics["mismatch/ess"] < 0.1 and report.metrics["mismatch/mean_abs"] < 1
+
+
+SKIPPING = {"policy": LossTerm(toy_ppo, proportional_to_advantage=True)}
+
+
+@pytest.mark.parametrize("kept", ["one", "none"])
+async def test_skipped_samples_are_compared_before_the_step(dense: Path, kept: str):
+    """One sample has an advantage, or none has; what the engine recorded of all others is wrong."""
+    batch = await sampled(dense)
+    counts = batch.segments.sequence_tokens
+    only = np.flatnonzero(counts > 0)[0]
+    moves = (batch.segment == only) & (kept == "one")
+    batch = batch.with_columns({"advantages": np.where(moves, 1.0, 0.0).astype(np.float32)})
+    report = await at(3, dense, losses=SKIPPING).step(batch)
+    assert report.metrics["skipped"] > 0.5 and report.metrics["mismatch/tokens"] == batch.segments.tokens
+    trainer = at(3, dense, losses=SKIPPING)
+    before = weights(trainer)
+    with pytest.raises(StepRefused, match="mismatch/mean_abs"):
+        await trainer.step(moved(batch, np.where(batch.segment == only, 0.0, 0.1)))
+    assert same(weights(trainer), before)
+
+
+async def test_enough_is_compared_and_no_more_unless_every_bit_counts(dense: Path, monkeypatch: pytest.MonkeyPatch):
+    from miles_train.torch_trainer import trainer as module
+
+    batch = await sampled(dense)
+    counts = batch.segments.sequence_tokens
+    first = np.flatnonzero(counts > 0)[0]
+    batch = batch.with_columns({"advantages": (batch.segment == first).astype(np.float32)})
+    monkeypatch.setattr(module, "ENOUGH", int(counts[: first + 2].sum()) + 1)
+    trainer = at(3, dense, losses=SKIPPING)
+    compared = (await trainer.step(batch)).metrics["mismatch/tokens"]
+    assert module.ENOUGH <= compared < module.ENOUGH + counts.max() and compared < counts.sum()
+    trainer = at(3, dense, losses=SKIPPING)
+    trainer.context = replace(trainer.context, bitwise=True)
+    with pytest.raises(StepRefused, match=r"max_abs is 0\.001 nats, and numerics: bitwise"):  # the last sample's
+        await trainer.step(moved(batch, np.where(batch.segment == np.flatnonzero(counts > 0)[-1], 0.001, 0.0)))
 
 
 async def test_older_tokens_are_reported_and_never_gated(dense: Path):

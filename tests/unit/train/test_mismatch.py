@@ -15,6 +15,7 @@ def test_fresh_tokens_are_mismatch_and_older_ones_drift():
     versions = np.array([7, 7, 7, 6, 4, -1])
     metrics = mismatch_metrics(trainer, rollout, versions, 7)
     ratio = np.exp([0.1, -0.2, 0.0])  # p_trainer / p_rollout
+    assert metrics.pop("mismatch/tokens") == 3
     assert metrics.pop("mismatch/mean_abs") == pytest.approx(0.1, abs=1e-6)
     assert metrics.pop("mismatch/max_abs") == pytest.approx(0.2, abs=1e-6)
     assert metrics.pop("mismatch/k3") == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-6)
@@ -35,7 +36,13 @@ def test_k3_estimates_the_divergence():
 def test_equal_log_probabilities_are_no_mismatch():
     same = -np.random.default_rng(0).random(5)
     metrics = mismatch_metrics(same, same, np.full(5, 2), 2)
-    assert metrics == {"mismatch/mean_abs": 0, "mismatch/max_abs": 0, "mismatch/k3": 0, "mismatch/ess": pytest.approx(1)}
+    assert metrics == {
+        "mismatch/tokens": 5,
+        "mismatch/mean_abs": 0,
+        "mismatch/max_abs": 0,
+        "mismatch/k3": 0,
+        "mismatch/ess": pytest.approx(1),
+    }
 
 
 def test_without_sampled_tokens_there_is_nothing_to_say():
@@ -64,6 +71,7 @@ def test_fresh_tokens_of_samples_that_older_weights_began_are_told_apart():
     off = np.array([0.1, 0.2, np.nan, 1.0, 2.0, 4.0, np.nan, np.nan, np.nan, 8.0, np.nan, 3.0, np.nan])  # of the trained rows
     metrics = mismatch_of(batch, (batch.array("logprobs") + off).astype(np.float32), 7)
     ratio = np.exp([0.1, 0.2])
+    assert metrics.pop("mismatch/tokens") == 2
     assert metrics.pop("mismatch/mean_abs") == pytest.approx(0.15, abs=1e-6)
     assert metrics.pop("mismatch/max_abs") == pytest.approx(0.2, abs=1e-6)
     assert metrics.pop("mismatch/k3") == pytest.approx(np.mean(ratio - 1 - np.log(ratio)), abs=1e-6)

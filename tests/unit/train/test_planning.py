@@ -42,9 +42,9 @@ ALL = ("padded", "packed", "shared")
 )
 def test_the_cheapest_layout_is_taken(groups: list[tuple[int, list[int]]], costs: Costs, expected: str) -> None:
     batch = batch_of(groups)
-    taken = cheapest(batch, ALL, costs)
+    taken = cheapest(batch, ALL, costs, 10_000)
     assert taken == expected or (taken, expected) == ("shared", "packed")  # nothing to share: they are the same
-    assert cheapest(batch, ("padded",), costs) == "padded"
+    assert cheapest(batch, ("padded",), costs, 10_000) == "padded"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -71,14 +71,17 @@ def test_widths_of_blocks_by_hand() -> None:
 
 @pytest.mark.parametrize("names", [("padded",), ("packed",), ("shared",), ALL])
 @pytest.mark.parametrize("max_tokens", [1, 60, 200, 10_000])
-def test_units_stay_whole_and_budgets_are_kept(names: tuple, max_tokens: int) -> None:
+@pytest.mark.parametrize(
+    "costs", [LINEAR, Costs(row=1.0, gathered=0.0, query=0.0, key=0.0), Costs(row=1.0, gathered=2.0, query=0.0, key=0.2)]
+)
+def test_units_stay_whole_and_budgets_are_kept(names: tuple, max_tokens: int, costs: Costs) -> None:
     batch = batch_of([(20, [5, 9, 30]), (8, [40, 2]), (30, [4] * 6)])
     units = batch.segments.group
-    parts = plan(batch, units, max_tokens, names, LINEAR)
+    parts = plan(batch, units, max_tokens, names, costs)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(batch)))
     assert sum(len(set(units[p].tolist())) for p in parts) == 3
     for part in parts:
-        layout = lay_out(batch.select(part), cheapest(batch.select(part), names, LINEAR))
+        layout = lay_out(batch.select(part), cheapest(batch.select(part), names, costs, max_tokens))
         assert layout.tokens.size <= max_tokens or len(set(units[part].tolist())) == 1
 
 
@@ -87,3 +90,11 @@ def test_a_group_that_shares_its_prompt_fits_where_its_copies_would_not() -> Non
     each = np.arange(len(batch))
     assert len(plan(batch, each, 200, ("shared",), LINEAR)) == 2  # four times 200 rows side by side in attention: six of 128
     assert len(plan(batch, each, 200, ("padded",), LINEAR)) == 8
+
+
+def test_a_layout_that_breaks_the_budget_is_not_taken_for_a_micro_batch() -> None:
+    """Padded would be cheaper: gathering is dear. It takes 180 rows where the micro-batch was planned with 100."""
+    batch, dear = batch_of([(5, [5]), (5, [55]), (5, [25])]), Costs(row=1.0, gathered=100.0, query=0.0, key=0.0)
+    assert cheapest(batch, ("padded", "packed"), dear, 180) == "padded"
+    assert cheapest(batch, ("padded", "packed"), dear, 100) == "packed"
+    assert cheapest(batch, ("padded", "packed"), dear, 50) == "padded"  # a unit longer than the budget: whatever costs least

@@ -112,6 +112,70 @@ def test_packing_is_refused_where_samples_would_see_each_other(tmp_path: Path, c
         build_trainer(path, layout="packed")
 
 
+MOE: dict[str, Any] = dict(num_experts_per_tok=2, sliding_window=12)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(model_type="qwen2_moe", num_experts=4, use_sliding_window=True, max_window_layers=2, moe_intermediate_size=16,
+             shared_expert_intermediate_size=16, **MOE, **SMALL),
+        dict(model_type="phimoe", num_local_experts=4, **MOE, **SMALL),
+    ],
+    ids=lambda c: c["model_type"],
+)  # fmt: skip
+def test_a_window_that_only_the_mask_knows_is_not_lost(tmp_path: Path, config: dict[str, Any]):
+    path = write_model(tmp_path, **config)
+    trainer = build_trainer(path)
+    assert trainer.model.layouts == ("padded",) and trainer.model.hf.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="use layout: auto or padded"):
+        build_trainer(path, layout="packed")
+
+
+def test_windows_that_layers_pass_on_are_packed(tmp_path: Path):
+    config = dict(model_type="mixtral", num_local_experts=4, **MOE, **SMALL)
+    trainer = build_trainer(write_model(tmp_path, **config))
+    assert "packed" in trainer.model.layouts
+    windows = [trainer.model.hf.config.sliding_window, *(getattr(m, "sliding_window", 12) for m in trainer.model.hf.modules())]
+    assert set(windows) == {12}  # as they were before the model was looked at
+
+
+def test_a_model_that_fails_when_it_is_looked_at_stays_as_it_was(tmp_path: Path):
+    """Doge adds a mask of its own to the one it was given."""
+    path = write_model(tmp_path, model_type="doge", **SMALL)
+    trainer = build_trainer(path)
+    assert trainer.model.layouts == ("padded",) and trainer.model.hf.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="use layout: auto or padded"):
+        build_trainer(path, layout="packed")
+
+
+async def test_a_model_without_attention_heads_is_trained_padded(tmp_path: Path):
+    path = write_model(tmp_path, model_type="mamba", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    for layout in ("auto", "padded"):
+        assert (await build_trainer(path, layout=layout).step(ragged_batch())).optimizer_steps == 1
+
+
+async def test_a_soft_cap_on_attention_is_kept(tmp_path: Path):
+    """Against transformers' eager attention: its sdpa leaves the cap out."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = SMALL | dict(model_type="gemma2", attn_logit_softcapping=0.05, final_logit_softcapping=None, query_pre_attn_scalar=1)
+    path, batch = write_model(tmp_path, initializer_range=0.3, **config), ragged_batch()
+    sample = batch.select([0]).refs[0].get()
+    found = (await build_trainer(path).annotate(batch.select([0]), frozenset({"old_logprobs"}))).array("old_logprobs")[:-1]
+    tokens, temperatures = torch.from_numpy(sample.tokens).long(), torch.from_numpy(sample.temperatures()[1:, None])
+
+    def expected(attention: str) -> np.ndarray:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32", attn_implementation=attention).eval()
+        with torch.no_grad():
+            logp = torch.log_softmax(model(tokens[None]).logits[0, :-1] / temperatures, -1)
+        return logp.gather(1, tokens[1:, None])[:, 0].numpy()
+
+    np.testing.assert_allclose(found, expected("eager"), atol=2e-5, rtol=0)
+    assert np.abs(found - expected("sdpa")).max() > 1e-2
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(dense: Path, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 

@@ -12,6 +12,7 @@ from . import cut
 from .buffer import Buffer
 from .config import ModelConfig, RunConfig, StageConfig
 from .cursor import Cursor
+from .errors import ConfigError
 from .hooks import Hooks
 from .learner import Learner
 from .loop import Loop
@@ -57,7 +58,7 @@ async def assemble(
         stage_name=origin.stage,
         cluster=cluster,
     )
-    data: DataSource = stage.data.build(base)
+    data: DataSource = await asyncio.to_thread(stage.data.build, base)
     paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
     tokenizers = {name: cast("Tokenizer", load_tokenizer(path)) for name, path in paths.items()}
     contexts = {
@@ -115,17 +116,18 @@ async def assemble(
         trace=trace,
         step=state.step if state else 0,
         saved_step=state.step if state else -1,
+        owes_evaluation=state.owes_evaluation if state else False,
     )
 
 
 def device_of(config: RunConfig) -> str:
     """``cpu`` or ``cuda``; auto takes CUDA where there is any, and it can be used."""
-    if config.device != "auto":
-        return config.device
-    if config.numerics == "bitwise":
+    if config.device == "cpu" or (config.device == "auto" and config.numerics == "bitwise"):
         return "cpu"
     import torch
 
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is cuda, but torch {torch.__version__} sees no GPU here; set device: cpu, or see what miles doctor says")
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

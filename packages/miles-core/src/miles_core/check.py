@@ -29,6 +29,7 @@ def missing(config: RunConfig) -> list[str]:
     """What this machine lacks for the run, each a sentence; looked for before anything is built, lest a later stage find out."""
     models = [model for stage in config.stages.values() for model in stage.models.values()]
     parts = [plugin for model in models for plugin in (model.trainer, model.engine) if plugin is not None]
+    parts += [p for stage in config.stages.values() for p in stage.data.nested()]
     parts += [p for stage in config.stages.values() for one in (*stage.rewards.values(), *stage.evaluators.values()) for p in one.nested()]
     return list(dict.fromkeys(f"{p.point} {p.use!r}: {sentence}" for p in parts for sentence in p.missing()))
 
@@ -50,6 +51,8 @@ def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str
     for name, model in stage.models.items():
         yield from (f"model {name}: {p}" for p in _origin_problems(name, model, stage, trained))
         yield from (f"model {name}: {p}" for p in _model_problems(name, model, stage, owners))
+    if "environment" in stage.rewards:
+        yield "rewards.environment: that is the name of the environment's own part of the reward; give the reward another"
     for field in ("rollout", "data", "rewards", "evaluators", "group_filters", "sample_filters"):
         value = getattr(stage, field)
         for plugin in value.values() if isinstance(value, dict) else [value]:

@@ -293,7 +293,8 @@ def _sentences(error: ValidationError, recipe: Recipe, prefix: KeyPath, data: An
             out.append(f"{where}: key {key!r} is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            secret = isinstance(problem["input"], str) and "://" in problem["input"]  # addresses may hold keys
+            found = "" if secret or isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
             out.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{found}")
     return out
 

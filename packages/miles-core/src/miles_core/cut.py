@@ -48,6 +48,7 @@ class CutState:
         counts: The buffer's counts without those in flight.
         ready: (id, position, number of samples) of each complete group in the buffer.
         config_hash: ``RunConfig.fingerprint``, what ties a cut to its configuration.
+        owes_evaluation: An evaluation was due after this step and has not been made.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class CutState:
     counts: dict[str, Any]
     ready: list[tuple[str, int, int]] = field(default_factory=list)
     config_hash: str = ""
+    owes_evaluation: bool = False
 
     def buffer_counts(self) -> Counts:
         """The counts as the buffer keeps them."""
@@ -88,8 +90,8 @@ def begin(checkpoints: Path, global_step: int) -> Generator[Path]:
         raise CutNotWritten(_not_written(checkpoints, global_step, cause)) from error
 
 
-def commit(partial: Path, state: CutState, ready: list[GroupRef], keep: int) -> Path:
-    """Write the buffer and the manifest (last), give the cut its name, remove all but it and the ``keep`` − 1 before it.
+def commit(partial: Path, state: CutState, ready: list[GroupRef]) -> Path:
+    """Write the buffer and the manifest (last), and give the cut its name, which is returned.
 
     Everything is on the disk itself, not only with the operating system, before the next thing that relies on it is done.
     """
@@ -105,11 +107,15 @@ def commit(partial: Path, state: CutState, ready: list[GroupRef], keep: int) -> 
             os.fsync(file.fileno())
         os.replace(temporary, partial / MANIFEST)
         _sync_one(partial)
-        final = _give_name(partial)
-        cuts = _newest_first(final.parent)  # one of a later step is damaged, or the run would have gone on from there
-        for old in cuts[cuts.index(final) + keep :]:
+        return _give_name(partial)
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Remove all cuts but ``newest`` and the ``keep`` − 1 before it. One of a later step is damaged, or the run had gone on from there."""
+    with _committing:
+        cuts = _newest_first(newest.parent)
+        for old in cuts[cuts.index(newest) + keep :]:
             shutil.rmtree(old)
-    return final
 
 
 def newest(checkpoints: Path, expected_hash: str) -> tuple[Path, CutState, list[str]]:

@@ -21,7 +21,7 @@ BROKEN = (errno.EIO, errno.EROFS)
 def os_error(error: BaseException | None) -> OSError | None:
     """The OSError that an error is or comes from, also where safetensors hides it in a text; None if there is none."""
     while error is not None:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
             return error
         if isinstance(error, SafetensorError) and (code := re.search(r"os error (\d+)", str(error))):
             return OSError(int(code[1]), os.strerror(int(code[1])))

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from .errors import InfrastructureFailure, RunError
 from .plugins import PluginConfig, plug
-from .protocols import BuildContext, DataSource, Evaluation, Players, Rollout
+from .protocols import BuildContext, DataSource, Evaluation, Players, Prompt, Rollout
 from .rollouts.trajectories import Sampling, Trajectories
 from .sample import Group, Sample, Status
 from .scoring import Scorer
-from .waiting import gather
+from .waiting import gather, in_daemon_thread
 
 
 class Sampled(PluginConfig):
@@ -66,7 +66,8 @@ class SampledEvaluator:
     async def evaluate(self, players: Players) -> Evaluation:
         """Metrics: ``avg@k`` (mean success), ``pass@k`` (prompts with a success), reward, length, truncated (shares and means)."""
         count = min(self.config.prompts or len(self.data), len(self.data))
-        groups = await gather(self._group(players, index) for index in range(count))
+        prompts = await in_daemon_thread(lambda: [self.data[index] for index in range(count)])
+        groups = await gather(self._group(players, prompt) for prompt in prompts)
         samples = [s for group in groups for s in group]
         if self.scorer.has_batch_rewards:
             await self.scorer.score_batch(samples)
@@ -85,8 +86,7 @@ class SampledEvaluator:
             metrics[f"pass@{k}"] = float(success.any(axis=1).mean())
         return Evaluation(metrics, samples)
 
-    async def _group(self, players: Players, index: int) -> list[Sample]:
-        prompt = self.data[index]
+    async def _group(self, players: Players, prompt: Prompt) -> list[Sample]:
         samples = await self.rollout(prompt, players.context(f"eval-{prompt.id}", -1, evaluating=True))
         try:
             await self.scorer.score_group(samples)

@@ -73,6 +73,8 @@ class Loop:
     trace: Trace = field(default_factory=lambda: Trace(None))
     row: dict[str, float | int | str] = field(default_factory=dict)
     """Metrics of the step in progress."""
+    owes_evaluation: bool = False
+    """The step's evaluation was due and did not come to its end; a cut says so, and resume makes up for it."""
     _between_steps: bool = True
 
     @property
@@ -98,8 +100,9 @@ class Loop:
         try:
             await self.hooks.fire("on_start", self)
             await self._publish()
-            if self.step == 0:
+            if self.step == 0 or self.owes_evaluation:
                 await self._evaluate()
+                self._log_evaluation()
             async with self.producer:
                 while self.step < self.stage.steps and not self.stopping:
                     await self._one_step()
@@ -137,16 +140,21 @@ class Loop:
                     raise
         self.step += 1
         self._between_steps = True
+        every = self.stage.every
+        self.owes_evaluation = self.step == self.stage.steps or bool(every.evaluate and self.step % every.evaluate == 0)
         try:
+            if every.trajectories and self.step % every.trajectories == 0:
+                with self._phase("save"):
+                    self._write_trajectories(batches)
             await self.hooks.fire("after_step", self)
             with self._phase("publish"):
                 await self._publish()
             await self.buffer.published()
-            await self._record(batches)
+            if self.owes_evaluation or self.stopping:
+                await self._evaluate()
         finally:  # whatever fails after it, a step that was trained has its row: resume does not do it again
             self._log(batches, began)
-        every = self.stage.every.checkpoint
-        if every and self.step % every == 0 and self.step < self.stage.steps:
+        if every.checkpoint and self.step % every.checkpoint == 0 and self.step < self.stage.steps:
             await self._save()
 
     async def _batch(self, learner: Learner, groups: list[GroupRef]) -> Batch:
@@ -182,14 +190,6 @@ class Loop:
             trainer.version = self.version
         await self.hooks.fire("after_publish", self)
 
-    async def _record(self, batches: list[Batch]) -> None:
-        every = self.stage.every
-        if every.trajectories and self.step % every.trajectories == 0:
-            with self._phase("save"):
-                self._write_trajectories(batches)
-        if self.step == self.stage.steps or self.stopping or (every.evaluate and self.step % every.evaluate == 0):
-            await self._evaluate()
-
     def _log(self, batches: list[Batch], began: float) -> None:
         refs = [r for b in batches for r in b.refs]
         self.row |= rollout_metrics(refs) | {"dropped_groups": self.buffer.counts.dropped, "version": self.version}
@@ -216,8 +216,12 @@ class Loop:
             self.row |= {f"eval/{name}/{k}": float(v) for k, v in found.metrics.items()}
             if found.samples:
                 save_samples(self.run_dir.trajectories / f"eval-{name}-{self.version:06d}.safetensors", found.samples)
-        if self.evaluators and self.step == 0:
-            row = {"stage": self.name, "stage_step": 0, "version": self.version} | self.row
+        self.owes_evaluation = False
+
+    def _log_evaluation(self) -> None:
+        """A row of its own for an evaluation that is no step's: before the first, or owed by an earlier life."""
+        if self.evaluators:
+            row = {"stage": self.name, "stage_step": self.step, "version": self.version} | self.row
             for tracker in self.trackers:
                 tracker.log(self.version, row)
             self.observer.step({"step": self.version, **row})
@@ -245,22 +249,27 @@ class Loop:
                 counts=counts,
                 ready=[(g.id, g.position, len(g.refs)) for g in ready],
                 config_hash=self.config_hash,
+                owes_evaluation=self.owes_evaluation,
             )
-            await asyncio.to_thread(cut.commit, partial, state, ready, self.keep)
+            final = await asyncio.to_thread(cut.commit, partial, state, ready)
         self.saved_step = self.step
+        try:
+            await asyncio.to_thread(cut.prune, final, self.keep)
+        except OSError as error:  # the new cut is there all the same
+            self.observer.note(f"An old cut could not be removed: {error}")
         await self.hooks.fire("after_checkpoint", self)
 
     async def _rescue(self, error: BaseException) -> None:
         """Save the last consistent state if there is one that is not on disk, say so on the error, and tell the hooks."""
         what = "What was learned"
-        if isinstance(error, cut.CutNotWritten):
+        if self.step > max(self.saved_step, 0):  # there is something to save
             what += " until the last good cut"
-        elif self.step > max(self.saved_step, 0) and self._between_steps:
-            try:
-                await self._save()
-            except Exception as second:
-                error.add_note(f"The state after step {self.version} could not be saved either: {second}")
-                what += " until the last good cut"
+            if self._between_steps and not isinstance(error, cut.CutNotWritten | asyncio.CancelledError):  # cancelled: at once
+                try:
+                    await self._save()
+                    what = "What was learned"
+                except Exception as second:
+                    error.add_note(f"The state after step {self.version} could not be saved either: {second}")
         if self.saved_step >= 0 or any(self.run_dir.checkpoints.glob("step-*/manifest.json")):
             error.add_note(f"{what} is saved. Go on with: miles resume {self.run_dir.path}")
         if isinstance(error, Exception):

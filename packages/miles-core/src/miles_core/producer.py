@@ -14,7 +14,7 @@ from .refs import GroupRef
 from .sample import Group, Sample, Status
 from .scoring import Scorer
 from .trace import Trace
-from .waiting import call, deadline
+from .waiting import call, deadline, in_daemon_thread
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Producer:
     trace: Trace = field(default_factory=lambda: Trace(None))
     _flying: dict[asyncio.Task, int] = field(default_factory=dict)
     _main: asyncio.Task | None = None
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def __aenter__(self) -> Producer:
         self._main = asyncio.create_task(self._start_groups())
@@ -81,7 +82,7 @@ class Producer:
         task = asyncio.current_task()
         assert task is not None
         try:
-            prompt, epoch = self.cursor.prompt(position), self.cursor.epoch(position)
+            prompt, epoch = await self._read(position), self.cursor.epoch(position)
             context = self.players.context(f"e{epoch}-{prompt.id}", epoch)
             what = f"group {context.group} (rollout and rewards)"
             with self.trace.task("group", context.group, position=position):
@@ -100,6 +101,12 @@ class Producer:
             raise
         except BaseException as error:
             await self.buffer.fail(error)
+
+    async def _read(self, position: int) -> Prompt:
+        """The prompt at a position, in a thread: it may have to come from a disk or a network. Sources are asked one thing at a time."""
+        async with self._reading:
+            reading, what = in_daemon_thread(self.cursor.prompt, position), f"the prompt at position {position}"
+            return await deadline(reading, self.group_seconds, "the producer", what, "Raise deadlines.group.")
 
     async def _play(self, prompt: Prompt, context: RolloutContext) -> Group:
         for attempt in range(self.attempts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -163,9 +164,10 @@ class RunDir:
         kept, void = [], []
         for row in self.rows():
             (kept if 0 <= row["stage_step"] <= (done.get(row["stage"]) or -1) else void).append(row)
-        later = [p for p in self.trajectories.glob("*-*.safetensors") if int(p.stem.rsplit("-", 1)[1]) > version]
+        numbered = ((p, re.fullmatch(r".+-(\d+)", p.stem)) for p in self.trajectories.glob("*.safetensors"))
+        later = [p for p, number in numbered if number and int(number[1]) > version]
         if void or later:
-            aside = self.void / str(1 + max((int(p.name) for p in self.void.glob("*")), default=0))
+            aside = self.void / str(1 + max((int(p.name) for p in self.void.glob("*") if p.name.isdecimal()), default=0))
             (aside / "trajectories").mkdir(parents=True)
             _write_rows(aside / self.metrics.name, void)
             for path in later:
@@ -178,5 +180,8 @@ class RunDir:
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with partial.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -83,7 +83,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{path} holds no tokenizer (no {described.name}); give the directory of a model with its tokenizer files")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if json.loads(described.read_text()).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
+    if _json_object(described).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
         # tokenizer.json is all of it. AutoTokenizer would add tokens of its own for some model types (qwen2, transformers 5.19).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     else:
@@ -95,17 +95,32 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Path) -> None:
     """Text must not become ids that the model does not have. A model may have more ids than tokens (its matrix is padded), and some
     tokenizers have an added token that their model lacks (Gemma 3): that one is refused when a prompt holds it, by the engine."""
-    described = json.loads(config.read_text()) if config.is_file() else {}
-    size = described.get("vocab_size") or described.get("text_config", {}).get("vocab_size")
+    described = _json_object(config) if config.is_file() else {}
+    size = described.get("vocab_size") or (described.get("text_config") or {}).get("vocab_size")
     if size is None:
         return
     added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id}
-    id, token = max((id, token) for token, id in tokenizer.get_vocab().items() if id not in added)
+    of_text = [(id, token) for token, id in tokenizer.get_vocab().items() if id not in added]
+    if not of_text:
+        raise ConfigError(
+            f"the tokenizer in {config.parent} has no tokens but added ones: it cannot write a text. Put the model's own there."
+        )
+    id, token = max(of_text)
     if id >= size:
         raise ConfigError(
             f"the tokenizer in {config.parent} does not match the model: its token {token!r} has id {id}, but {config.name} says "
             f"vocab_size {size}. Put the tokenizer files of this very model there."
         )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}; copy it again from where the model is") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}; expected a JSON object. Copy it again from where the model is")
+    return found
 
 
 def _words(config: TokenizerConfig, texts: Iterable[str]):

@@ -12,6 +12,7 @@ def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndar
 
     With d = trainer − rollout over the tokens that ``version`` itself sampled:
 
+    * ``mismatch/tokens``: how many they are;
     * ``mismatch/mean_abs``, ``mismatch/max_abs``: of |d|;
     * ``mismatch/k3``: mean of exp(d) − 1 − d, an unbiased, never negative estimate of KL(rollout ‖ trainer)
       (Schulman 2020, "Approximating KL divergence");
@@ -33,6 +34,7 @@ def mismatch_metrics(trainer: np.ndarray, rollout: np.ndarray, versions: np.ndar
         if a:
             metrics[f"drift/age_{a}/mean_abs"] = mean_abs
             continue
+        metrics["mismatch/tokens"] = float(len(d))
         metrics["mismatch/mean_abs"] = mean_abs
         metrics["mismatch/max_abs"] = float(np.abs(d).max())
         with np.errstate(over="ignore", invalid="ignore"):  # a broken engine is reported as inf or NaN
@@ -54,12 +56,19 @@ def mismatch_of(batch: Batch, logprobs: np.ndarray, version: int) -> dict[str, f
         version: Version of the weights that they come from.
     """
     trained, versions, rollout = (batch.array(name) for name in ("loss_mask", "versions", "logprobs"))
-    oldest = np.full(len(batch), np.iinfo(versions.dtype).max)
-    sampled = versions >= 0
-    np.minimum.at(oldest, batch.segment[sampled], versions[sampled])
-    mixed = trained & (versions == version) & (oldest[batch.segment] < version)
+    mixed = trained & (versions == version) & (versions >= 0)
+    mixed[fresh_rows(batch, version)] = False
     compared = trained & ~mixed
     metrics = mismatch_metrics(logprobs[compared], rollout[compared], versions[compared], version)
     if mixed.any():
         metrics["mismatch_mixed/mean_abs"] = float(np.abs(logprobs[mixed].astype(np.float64) - rollout[mixed]).mean())
     return metrics
+
+
+def fresh_rows(batch: Batch, version: int) -> np.ndarray:
+    """int64: the trained rows that ``version`` sampled, in samples that no older weights began: those that the gates look at."""
+    trained, versions = batch.array("loss_mask"), batch.array("versions")
+    oldest = np.full(len(batch), np.iinfo(versions.dtype).max)
+    sampled = versions >= 0
+    np.minimum.at(oldest, batch.segment[sampled], versions[sampled])
+    return np.flatnonzero(trained & sampled & (versions == version) & (oldest[batch.segment] >= version))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from ..errors import ConfigError
 from ..inspection.compare import Point, RunMetrics, chosen_metrics, differences, draw, labels
+from ..inspection.plain import finite
 from ..run_dir import RunDir
 from .drive import console
 
@@ -30,7 +30,7 @@ def compare(directories: Sequence[Path], metrics: str | None, at: str | None, pl
             raise ConfigError("a plot needs matplotlib: pip install 'miles-core[report]'")
         draw(runs, chosen, plot)
     if as_json:
-        print(json.dumps(_for_machines(runs, chosen, steps), indent=1))
+        print(json.dumps(finite(_for_machines(runs, chosen, steps)), indent=1, allow_nan=False))
         return
     console.print(_metrics(runs, chosen, steps))
     differing = differences(runs)
@@ -74,15 +74,11 @@ def _for_machines(runs: Sequence[RunMetrics], chosen: Sequence[str], steps: Sequ
     def told(run: RunMetrics, name: str) -> dict:
         final, best = run.final(name), run.best(name)
         points = {"final": final, "best": best}
-        said = {k: p and {"step": p[0], "value": _finite(p[1])} for k, p in points.items()}
-        return said | {"at": {s: _finite(run.at(name, s)) for s in steps}}
+        said = {k: p and {"step": p[0], "value": p[1]} for k, p in points.items()}
+        return said | {"at": {s: run.at(name, s) for s in steps}}
 
     of_runs = [{"run": str(run.path), "steps": run.steps, "metrics": {n: told(run, n) for n in chosen}} for run in runs]
     return {"runs": of_runs, "differences": differences(runs)}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _point(point: Point | None) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.markup import escape
 
 from ..config import RunConfig
 from ..errors import ConfigError, DataError, MilesError
 from ..inspection.facts import Facts, TrajectoryFile, files_of_steps, sample_at
-from ..inspection.groups import grouped
+from ..inspection.groups import group_of, grouped
+from ..inspection.plain import finite
 from ..inspection.selection import Selection
 from ..inspection.terminal import group_listing, listing, whole
 from ..inspection.tokens import Vocabulary, quantities, stretches
@@ -26,7 +26,7 @@ from .drive import console, errors
 
 def show_list(run: RunDir, selection: Selection, limit: int, groups: bool, as_json: bool) -> None:
     """Trajectories or groups, the newest steps' last; the newest ``limit`` of them, or all for machines."""
-    seen = Seen(selection, files_of_steps(run, selection.steps))
+    seen = Seen(selection, files_of_steps(run, selection.steps), whole_groups=groups)
     if groups:
         found = grouped(seen)
         if as_json:
@@ -49,7 +49,7 @@ def show_one(run: RunDir, address: str, by: str, as_json: bool) -> None:
     vocabulary = Vocabulary(run, facts.policy)
     texts = vocabulary.texts(sample.tokens)
     if as_json:
-        print(json.dumps(everything(facts, sample, texts), indent=1, allow_nan=False))
+        print(json.dumps(finite(everything(facts, sample, texts)), indent=1, allow_nan=False))
         return
     if by not in (known := quantities(sample)):
         raise ConfigError(_not_recorded(by, list(known), facts.address))
@@ -68,10 +68,13 @@ def check_together(trajectory: str | None, html: Path | None, chosen: Mapping[st
 
 
 class Seen:
-    """The chosen trajectories, file by file: what matches is given on, a file that is damaged is named and passed over."""
+    """The chosen trajectories, file by file: what matches is given on, a file that is damaged is named and passed over.
 
-    def __init__(self, selection: Selection, files: list[TrajectoryFile]):
-        self.selection, self.files = selection, files
+    With ``whole_groups`` what matches is given on with the others of its group, so that the group's numbers are the whole group's.
+    """
+
+    def __init__(self, selection: Selection, files: list[TrajectoryFile], whole_groups: bool):
+        self.selection, self.files, self.whole_groups = selection, files, whole_groups
         self.total = self.matching = 0
 
     def __iter__(self) -> Iterator[Facts]:
@@ -82,10 +85,12 @@ class Seen:
                 warn(error)
                 continue
             self.total += len(facts)
-            for one in facts:
-                if self.selection.holds(one):
-                    self.matching += 1
-                    yield one
+            chosen = [one for one in facts if self.selection.holds(one)]
+            self.matching += len(chosen)
+            if self.whole_groups:
+                groups = {group_of(one) for one in chosen}
+                chosen = [one for one in facts if group_of(one) in groups]
+            yield from chosen
 
     def report(self, found: int, shown: int, what: str) -> None:
         """How many there are."""
@@ -108,8 +113,8 @@ def declare_columns(run: RunDir) -> None:
 
 
 def everything(facts: Facts, sample: Sample, texts: list[str] | None) -> dict[str, Any]:
-    """A trajectory for machines: NaN is null."""
-    numbers = {name: _plain(values) for name, values in quantities(sample).items()}
+    """A trajectory for machines."""
+    numbers = {name: values.tolist() for name, values in quantities(sample).items()}
     return facts._asdict() | {
         "label": sample.label,
         "metadata": sample.metadata,
@@ -121,15 +126,9 @@ def everything(facts: Facts, sample: Sample, texts: list[str] | None) -> dict[st
     }
 
 
-def _plain(values: np.ndarray) -> list[Any]:
-    if values.dtype.kind != "f":
-        return values.tolist()
-    return [float(v) if np.isfinite(v) else None for v in values]
-
-
 def _print_lines(found: Iterable[Any]) -> None:
     for one in found:
-        print(json.dumps(one._asdict()))
+        print(json.dumps(finite(one._asdict()), allow_nan=False))
 
 
 def _not_recorded(by: str, known: list[str], address: str) -> str:
@@ -147,6 +146,6 @@ def write_html(run: RunDir, selection: Selection, file: Path, tokens: int) -> No
     from ..inspection.page import write_page
 
     declare_columns(run)
-    seen = Seen(selection, files_of_steps(run, selection.steps))
-    said = write_page(run, seen, seen.files, file, tokens, warn)
+    seen = Seen(selection, files_of_steps(run, selection.steps), whole_groups=True)
+    said = write_page(run, seen, seen.files, file, tokens, warn, "" if selection.rewards is None else str(selection.rewards))
     console.print(escape(said), soft_wrap=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
+from ..plugins import EXTRAS
 
 
 def local_path(text: str, setting: str) -> Path:
@@ -26,3 +30,18 @@ def local_path(text: str, setting: str) -> Path:
         return os.environ[match[1]]
 
     return Path(re.sub(r"\$\{(\w+)\}", variable, text)).expanduser()
+
+
+def lacking(library: str | None, find: Callable[[], Any]) -> list[str]:
+    """What a source lacks on this machine, for ``PluginConfig.missing``.
+
+    Args:
+        library: Module that it reads with, one that an extra brings; None if it needs none.
+        find: Finds the files, or raises the ConfigError that says which are not there.
+    """
+    found = [f"{library} is not installed; pip install '{EXTRAS[library]}'"] if library is not None and not find_spec(library) else []
+    try:
+        find()
+    except ConfigError as error:
+        found.append(str(error))
+    return found

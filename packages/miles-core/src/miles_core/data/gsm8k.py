@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +17,8 @@ from ..errors import ConfigError, DataError, PluginError
 from ..plugins import PluginConfig
 from ..protocols import BuildContext, Passage, Prompt
 from ..randomness import shuffled
-from . import local_path
-from .jsonl import JsonlFile
+from . import lacking, local_path
+from .jsonl import JsonlFile, existing_file
 from .rows import text_field
 
 ANNOTATION = re.compile(r"<<(?P<expression>[^<>=\n]+=)(?P<result>[^<>\n]+>>)")
@@ -44,6 +45,12 @@ class Gsm8k(PluginConfig):
     split: Literal["train", "test"] = "train"
     subset: Subset | None = None
     """A seeded choice of ``size`` rows; all by default."""
+
+    def missing(self) -> list[str]:
+        """The library for the hub, which is not asked, or the file."""
+        if self.path == "hub":
+            return lacking("datasets", lambda: None)
+        return lacking(None, lambda: existing_file(_file(self, "path"), "path"))
 
 
 class Rows(Protocol):
@@ -106,7 +113,11 @@ def passages(solution: str, where: str) -> Iterator[Passage]:
 
 def _from_directory(config: Gsm8k) -> JsonlFile:
     setting = "data_source gsm8k: path"
-    return JsonlFile(local_path(config.path, setting) / f"{config.split}.jsonl", setting)
+    return JsonlFile(_file(config, setting), setting)
+
+
+def _file(config: Gsm8k, setting: str) -> Path:
+    return local_path(config.path, setting) / f"{config.split}.jsonl"
 
 
 def _from_hub(split: str) -> Rows:

@@ -12,9 +12,9 @@ from pydantic import Field
 from ..errors import ConfigError, DataError
 from ..plugins import did_you_mean
 from ..protocols import BuildContext
-from . import local_path
+from . import lacking, local_path
 from .rows import RowOptions, Rows, RowSource, check_columns
-from .stream import StreamedRows
+from .stream import StreamedRows, reading_errors
 
 if TYPE_CHECKING:  # the extra miles-core[data]
     from datasets import Dataset, IterableDataset
@@ -42,6 +42,10 @@ class HuggingFace(RowOptions):
     shuffle_window: int = Field(10_000, gt=0)
     """Streaming: rows that are shuffled among each other; twice as many are in memory. The stream itself keeps its order. Otherwise
     all rows of an epoch are shuffled, and this is not used."""
+
+    def missing(self) -> list[str]:
+        """The library; the directory, where the path can be no name on the hub. The hub is not asked."""
+        return lacking("datasets", lambda: _place(self, "path"))
 
 
 class DatasetRows:
@@ -84,8 +88,7 @@ def _rows(config: HuggingFace, context: BuildContext) -> Rows:
     loaded = _load(config)
     split = config.split or "rows"
     who = f"{config.path} {split}"
-    names = loaded.column_names or list(next(iter(loaded), {}))  # a stream of JSON knows its columns when it has read some
-    check_columns(config.fields(), names, who)
+    check_columns(config.fields(), loaded.column_names or _columns_read(loaded, who), who)
     selected = loaded.select_columns(config.fields())
     if not config.streaming:
         dataset = cast("Dataset", selected)
@@ -96,30 +99,37 @@ def _rows(config: HuggingFace, context: BuildContext) -> Rows:
     return StreamedRows(cast("IterableDataset", selected), who, split, config.shuffle_window, rows, config.limit, states)
 
 
+def _columns_read(loaded: Dataset | IterableDataset, who: str) -> list[str]:
+    """A stream of JSON knows its columns only when it has read some. Raises DataError when it cannot be read."""
+    try:
+        return list(next(iter(loaded), {}))
+    except reading_errors() as error:
+        raise DataError(f"{who} cannot be read, not even its first row: {error.__cause__ or error}") from error
+
+
 def _reading(config: HuggingFace) -> str:
-    """Names this very way of reading: states of a stream are of no other, and of no other release of datasets."""
+    """Names this very way of reading these very files: states of a stream are of no other, and of no other release of datasets."""
     from datasets import __version__
 
-    return hashlib.blake2b(f"{__version__} {config.model_dump_json()}".encode(), digest_size=8).hexdigest()
+    path = local_path(config.path, f"{SETTING}: path")
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    there = [(file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(f"{__version__} {config.model_dump_json()} {there}".encode(), digest_size=8).hexdigest()
 
 
 def _load(config: HuggingFace) -> Dataset | IterableDataset:
     """The split. Raises ConfigError when it cannot be had."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from httpx import HTTPError
 
-    path = local_path(config.path, f"{SETTING}: path")
+    path = _place(config, f"{SETTING}: path")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved(path, config)
     if config.split is None:
         raise ConfigError(f"{SETTING}: split is missing: which rows of {config.path}? For example split: train")
-    if not path.exists() and (path.is_absolute() or config.path.startswith(("~", ".")) or config.path.count("/") > 1):
-        raise ConfigError(f"{SETTING}: there is no directory {path}, and it is no name on the hub (owner/name); correct path")
     source = str(path) if path.exists() else config.path
     try:
         return load_dataset(source, config.name, split=config.split, revision=config.revision, streaming=config.streaming)
-    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError, HTTPError) as error:
+    except (StopIteration, *reading_errors()) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0] or "a file without rows"  # datasets 5.2: StopIteration
         what = ", ".join(f"{k} {v}" for k in ("name", "split", "revision") if (v := getattr(config, k)) is not None)
         raise ConfigError(
@@ -128,17 +138,24 @@ def _load(config: HuggingFace) -> Dataset | IterableDataset:
         ) from error
 
 
+def _place(config: HuggingFace, setting: str) -> Path:
+    """The path as one of this machine; a name on the hub is a path where nothing is. Raises ConfigError when it can be neither."""
+    path = local_path(config.path, setting)
+    if not path.exists() and (path.is_absolute() or config.path.startswith(("~", ".")) or config.path.count("/") > 1):
+        raise ConfigError(f"{setting}: there is no directory {path}, and it is no name on the hub (owner/name); correct path")
+    return path
+
+
 def _saved(path: Path, config: HuggingFace) -> Dataset | IterableDataset:
     """What ``save_to_disk`` wrote."""
     from datasets import DatasetDict, load_from_disk
-    from datasets.exceptions import DatasetsError
 
     for option in ("name", "revision"):
         if getattr(config, option) is not None:
             raise ConfigError(f"{SETTING}: {path} was written by save_to_disk and has no {option}; leave that out")
     try:
         loaded = load_from_disk(path)
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
+    except (KeyError, *reading_errors()) as error:
         raise ConfigError(f"{SETTING}: {path} was written by save_to_disk but cannot be read: {error}") from error
     if isinstance(loaded, DatasetDict):
         if config.split not in loaded:

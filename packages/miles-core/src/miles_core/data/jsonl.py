@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..plugins import did_you_mean
 from ..protocols import BuildContext
-from . import local_path
+from . import lacking, local_path
 from .rows import RowOptions, RowSource
 
 
@@ -26,6 +26,18 @@ class Jsonl(RowOptions):
     path: str
     """The file; ``~`` and ``${VARIABLE}`` are expanded."""
 
+    def missing(self) -> list[str]:
+        """The file."""
+        return lacking(None, lambda: existing_file(local_path(self.path, "path"), "path"))
+
+
+def existing_file(path: Path, setting: str) -> Path:
+    """The path. Raises ConfigError, beginning with ``setting``, when no file is there."""
+    if not path.is_file():
+        names = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+        raise ConfigError(f"{setting}: there is no file {path}.{did_you_mean(path.name, names)} Correct the path or put the data there.")
+    return path
+
 
 class JsonlFile:
     """Rows of a JSON Lines file by index. Only where each line begins is kept in memory; blank lines are skipped.
@@ -36,12 +48,7 @@ class JsonlFile:
     blocks = None
 
     def __init__(self, path: Path, setting: str, limit: int | None = None):
-        if not path.is_file():
-            names = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
-            raise ConfigError(
-                f"{setting}: there is no file {path}.{did_you_mean(path.name, names)} Correct the path or put the data there."
-            )
-        self.path = path
+        self.path = existing_file(path, setting)
         self._lines, self._offsets = np.fromiter(chain.from_iterable(islice(_lines(path), limit)), np.int64).reshape(-1, 2).T
         if not len(self):
             raise DataError(f"{path} is empty; a jsonl file holds one JSON object a line")

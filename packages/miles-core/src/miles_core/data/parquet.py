@@ -16,7 +16,7 @@ from pydantic import Field
 from ..errors import ConfigError, DataError
 from ..plugins import did_you_mean
 from ..protocols import BuildContext
-from . import local_path
+from . import lacking, local_path
 from .order import Blocks
 from .rows import RowOptions, RowSource, check_columns
 
@@ -35,6 +35,10 @@ class Parquet(RowOptions):
     names. ``~`` and ``${VARIABLE}`` are expanded."""
     shuffle_window: int = Field(65_536, gt=0)
     """Rows that are shuffled among each other, whole row groups (at least one). At most twice as many are in memory."""
+
+    def missing(self) -> list[str]:
+        """The library, the files."""
+        return lacking("pyarrow", lambda: _files(self.path, "path"))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class ParquetFiles:
         """One column of all rows, a row group at a time."""
         left = len(self)
         for group in self._groups:
+            if left == 0:
+                break
             for value in self._load(group, [name]).column(0).slice(0, left).to_pylist():
                 left -= 1
                 yield value
@@ -137,7 +143,7 @@ class ParquetSource(RowSource):
     """The prompts of Parquet files."""
 
     def __init__(self, config: Parquet, context: BuildContext) -> None:
-        files, base = _files(config.path)
+        files, base = _files(config.path, "data_source parquet: path")
         super().__init__(config, context, ParquetFiles(files, base, config.fields(), config.shuffle_window, config.limit))
 
 
@@ -151,9 +157,8 @@ def _described(path: Path) -> Any:
         raise DataError(f"{path} is no Parquet file, or not a whole one: {error}") from error
 
 
-def _files(text: str) -> tuple[list[Path], Path]:
+def _files(text: str, setting: str) -> tuple[list[Path], Path]:
     """Shards by name, and the directory they are in or below. Raises ConfigError when there are none."""
-    setting = "data_source parquet: path"
     path = local_path(text, setting)
     if path.is_file():
         return [path], path.parent

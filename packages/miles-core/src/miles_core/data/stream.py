@@ -18,6 +18,14 @@ if TYPE_CHECKING:  # the extra miles-core[data]
     from datasets import IterableDataset
 
 
+def reading_errors() -> tuple[type[Exception], ...]:
+    """What datasets, and the libraries it reads with, raise when rows cannot be read."""
+    from datasets.exceptions import DatasetsError
+    from httpx import HTTPError
+
+    return OSError, ValueError, RuntimeError, DatasetsError, HTTPError
+
+
 class StreamedRows:
     """Rows of a stream. Two windows are in memory: groups in flight straddle their border.
 
@@ -95,17 +103,17 @@ class StreamedRows:
                 return rows
 
     def _forward(self) -> list[dict[str, Any]]:
-        """The next window's rows."""
-        from httpx import HTTPError
-
+        """The next window's rows. What fails inside a window leaves no iterator: who asks again begins at a known place."""
         assert self._iterator is not None
+        iterator, self._iterator = self._iterator, None
         try:
-            rows = list(islice(self._iterator, self._window))
-        except (OSError, ValueError, HTTPError) as error:
+            rows = list(islice(iterator, self._window))
+        except reading_errors() as error:
             about = f"{self._next * self._window} to {(self._next + 1) * self._window}"
             raise DataError(f"{self._who} cannot be read in rows {about}: {error}") from error
+        self._iterator = iterator
         self._next += 1
-        if self._next not in self._states:
+        if self._next not in self._states and len(rows) == self._window:  # nothing begins behind the end
             self._states[self._next] = self._stream.state_dict()
             self._append({"window": self._next, "state": self._states[self._next]})
         return rows

@@ -6,11 +6,13 @@ import json
 import math
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import ModelConfig, RunConfig
+from ..models import HUB_ID
 from ..run_dir import RunDir
 
 LIBRARIES = ("miles-core", "miles-train", "miles-rollout", "torch", "transformers")
@@ -41,11 +43,11 @@ def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int,
     model = config.stages[stage].models[name]
     base = base_of(config, name)
     hub = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["miles", "reinforcement-learning"]}
-    if base.path is not None:
+    if base.path is not None and is_hub_id(base.path):
         hub["base_model"] = base.path
     facts = {
         "run": f"{config.name}, seed {config.seed}",
-        "base model": base.path or f"made from scratch: {json.dumps(base.config)}",
+        "base model": said_of(base),
         "stages": stages_until(config, step),
         "weights after": f"step {step} of {sum(s.steps for s in config.stages.values())}",
         "objective": objective(model),
@@ -61,6 +63,7 @@ def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int,
     if metrics:
         lines += ["", "## Metrics", "", "The last of each that was logged up to these weights.", ""]
         lines += _table(("metric", "value", "step"), [(k, _number(v), s) for k, (v, s) in metrics.items()])
+    if any(name.startswith("mismatch/") for name in metrics):
         lines += ["", note]
     return "\n".join(lines) + USE.replace("DIRECTORY", title)
 
@@ -68,6 +71,18 @@ def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int,
 def base_of(config: RunConfig, name: str) -> ModelConfig:
     """The model as the first stage that has it starts it."""
     return next(s.models[name] for s in config.stages.values() if name in s.models)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path names a model of the Hugging Face hub, not a directory of this machine."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
+
+
+def said_of(base: ModelConfig) -> str:
+    """What the weights began as. Of a directory its name only: where it lies is nobody's business who reads the card."""
+    if base.path is None:
+        return f"made from scratch: {json.dumps(base.config)}"
+    return base.path if is_hub_id(base.path) else f"{Path(base.path).resolve().name}, a local directory"
 
 
 def stages_until(config: RunConfig, step: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..run_dir import RunDir
 from .tokens import run_config
 
 LOWER_IS_BETTER = ("loss", "mismatch", "seconds", "time/", "truncated", "dropped_groups")
-HIGHER_IS_BETTER = ("reward", "eval/", "tokens_per_second")
+HIGHER_IS_BETTER = re.compile(r"reward|tokens_per_second|eval/[^/]+/(?:reward|(?:avg|pass)@\d+)")
 SHOWN = (
     "reward",
     "eval/",
@@ -67,9 +68,10 @@ class RunMetrics:
     def best(self, metric: str) -> Point | None:
         """The best value with the first step that had it; None for metrics of which neither more nor less is better."""
         numbers = [p for p in self.series.get(metric, []) if math.isfinite(p[1])]
-        if not numbers or metric.startswith(LOWER_IS_BETTER) == metric.startswith(HIGHER_IS_BETTER):
+        lower, higher = metric.startswith(LOWER_IS_BETTER), HIGHER_IS_BETTER.fullmatch(metric)
+        if not numbers or not (lower or higher):
             return None
-        wanted = (min if metric.startswith(LOWER_IS_BETTER) else max)(v for _, v in numbers)
+        wanted = (min if lower else max)(v for _, v in numbers)
         return next(p for p in numbers if p[1] == wanted)
 
     def at(self, metric: str, step: int) -> float | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import cut
 from ..config import RunConfig, StageConfig
-from ..errors import CheckpointError, ConfigError, RunError
+from ..errors import CheckpointError, ConfigError, MilesError, RunError
 from ..plugins import did_you_mean
 from ..protocols import BuildContext
 from ..run_dir import RunDir
@@ -51,7 +51,7 @@ def export(run: RunDir, target: Path, step: int | None = None, model: str | None
 
     Raises:
         ConfigError: ``target`` exists; or there is no such step or policy.
-        CheckpointError: The run has saved nothing yet, or the cut is damaged.
+        CheckpointError: The run has saved nothing yet, or the cut is damaged, or vanishes meanwhile.
         RunError: The directory cannot be written.
     """
     if target.exists():
@@ -59,19 +59,35 @@ def export(run: RunDir, target: Path, step: int | None = None, model: str | None
     config = RunConfig.from_resolved(run.config)
     source = source_of(run, config, step, name_of(config, model))
     name = name_of(config, model, source.stage)
+    saved = [path for path in source.directory.rglob("*") if path.is_file()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             written = Path(scratch) / "model"
             if source.finished:
-                shutil.copytree(source.directory, written)
+                copy_files(saved, source.directory, written)
             else:
                 asyncio.run(export_cut(run, config, source, name, written))
             (written / "README.md").write_text(model_card(run, config, source.stage, name, source.step, target.resolve().name))
             os.replace(written, target)
-    except OSError as error:
+    except (OSError, MilesError) as error:
+        if lost := next((path for path in saved if not os.access(path, os.R_OK)), None):
+            raise CheckpointError(
+                f"{lost} cannot be read, or is gone since the export began: a run that goes on keeps its newest checkpoints "
+                "(keep_checkpoints). Export again."
+            ) from error
+        if isinstance(error, MilesError):
+            raise
         raise RunError(f"{target} cannot be written: {error.strerror or error}. Is there room, and is it yours to write to?") from error
     return source
+
+
+def copy_files(files: list[Path], source: Path, target: Path) -> None:
+    """Each of the files, to the same place below ``target``. Raises OSError if one is gone, where copying a tree would leave it out."""
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copy)
 
 
 def name_of(config: RunConfig, wanted: str | None, stage: str | None = None) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..run_dir import RunDir
 from ..sample import Sample
 from ..sample_io import load_samples, read_headers
 
-NAMES = re.compile(r"(?:step|eval-(?P<evaluator>.+))-(?P<step>\d+)\.safetensors")
+NAMES = re.compile(r"(?:step|eval-(?P<evaluator>[A-Za-z0-9][A-Za-z0-9_-]*))-(?P<step>\d+)\.safetensors")
 ADDRESS = re.compile(r"(?:(?P<evaluator>.+)@)?(?P<step>\d+):(?P<number>\d+)")
-TRAIN = "train"
+TRAIN = "(train)"
+"""The source of what was trained: no evaluator can be called so, since names have no parentheses."""
 
 
 class Facts(NamedTuple):
@@ -27,7 +28,7 @@ class Facts(NamedTuple):
     Attributes:
         address: What ``miles inspect RUN ADDRESS`` shows in full: ``STEP:NUMBER``, or ``EVALUATOR@STEP:NUMBER``.
         step: The step that trained it, or after which it was evaluated.
-        source: ``train``, or the evaluator's name.
+        source: ``(train)``, or the evaluator's name.
         policy, prompt_id, group, trajectory, branch, attempt: Its id.
         prompt: As text; messages as JSON.
         reward: The trajectory's, None if it has none (SFT).
@@ -88,6 +89,18 @@ class TrajectoryFile:
             strict=True,
         )
         return [self._facts(i, h, n, m, old if n else -1, new) for i, (h, n, m, old, new) in enumerate(reduced)]
+
+    def samples(self, wanted: Sequence[Facts]) -> list[Sample]:
+        """The samples of these facts, whole. Raises DataError if the file cannot be read, or holds others now than when it was listed."""
+        samples = load_samples(self.path)
+        found = []
+        for f in wanted:
+            number = int(f.address.rpartition(":")[2])
+            sample = samples[number] if number < len(samples) else None
+            if sample is None or _identity(sample) != (f.policy, f.prompt_id, f.group, f.trajectory, f.branch, f.attempt, f.length):
+                raise DataError(f"{self.path}: another file now than when it was listed: {f.address} is not in it. Look again")
+            found.append(sample)
+        return found
 
     def _facts(self, number: int, header: dict[str, Any], sampled: int, trained: int, oldest: int, newest: int) -> Facts:
         id = header["id"]
@@ -162,7 +175,7 @@ def sample_at(run: RunDir, address: str) -> tuple[Facts, Sample]:
         raise ConfigError(
             f"{run.path} has no trajectory {address}: those of step {step} are {file.address(0)} to {file.address(len(facts) - 1)}"
         )
-    return facts[number], load_samples(file.path)[number]
+    return facts[number], file.samples([facts[number]])[0]
 
 
 def prompt_text(prompt: Any) -> str:
@@ -172,6 +185,12 @@ def prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
         return "\n".join(f"{m.get('role', '?')}: {m['content']}" for m in prompt)
     return "" if prompt is None else json.dumps(prompt, ensure_ascii=False)
+
+
+def _identity(sample: Sample) -> tuple[Any, ...]:
+    """Id and length, as ``Facts`` have them."""
+    id = sample.id
+    return id.policy, id.prompt, id.group, id.trajectory, id.branch, id.attempt, len(sample)
 
 
 def _listed(steps: list[int]) -> str:

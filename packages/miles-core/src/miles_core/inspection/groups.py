@@ -43,8 +43,13 @@ def grouped(facts: Iterable[Facts]) -> list[GroupFacts]:
     """Groups in the order in which they first appear."""
     members: dict[tuple[int, str, str, str], list[Facts]] = {}
     for f in facts:
-        members.setdefault((f.step, f.source, f.policy, f.group), []).append(f)
+        members.setdefault(group_of(f), []).append(f)
     return [_group(of_group) for of_group in members.values()]
+
+
+def group_of(facts: Facts) -> tuple[int, str, str, str]:
+    """What the members of a group have in common, and no others: step, source, policy and the group's id."""
+    return facts.step, facts.source, facts.policy, facts.group
 
 
 def _group(members: list[Facts]) -> GroupFacts:

@@ -34,7 +34,7 @@ const word = (name, row) => tables[name][columns[name][row]];
 
 function address(row) {
   const source = word("source", row);
-  return (source === "train" ? "" : source + "@") + columns.step[row] + ":" + columns.number[row];
+  return (source === index.train ? "" : source + "@") + columns.step[row] + ":" + columns.number[row];
 }
 
 // ---- what is chosen -------------------------------------------------------------------------------------------------
@@ -68,13 +68,11 @@ function filtered() {
   return found;
 }
 
-function grouped(found) {
-  const groups = new Map();
-  for (const row of found) {
-    const key = [columns.step[row], columns.source[row], columns.policy[row], columns.group[row]].join(" ");
-    if (!groups.has(key)) groups.set(key, []);
-    groups.get(key).push(row);
-  }
+const group = (row) => [columns.step[row], columns.source[row], columns.policy[row], columns.group[row]].join(" ");
+
+function grouped(found) { // the groups of what is found, whole
+  const groups = new Map(found.map((row) => [group(row), []]));
+  for (let row = 0; row < columns.step.length; row++) groups.get(group(row))?.push(row);
   return [...groups.values()].map((members) => {
     const rewards = new Map(members.filter((r) => columns.reward[r] !== null).map((r) => [columns.trajectory[r], columns.reward[r]]));
     const values = [...rewards.values()], mean = values.reduce((a, b) => a + b, 0) / values.length;
@@ -109,7 +107,7 @@ function refresh() {
     });
   }
   const here = columns.block.reduce((n, b) => n + (b >= 0), 0);
-  const what = form.elements.groups.checked ? shown.length.toLocaleString() + " groups of " : "";
+  const what = form.elements.groups.checked ? shown.length.toLocaleString() + " groups with " : "";
   count.textContent = what + found.length.toLocaleString() + " of " + total.toLocaleString() + " trajectories; the tokens of " +
     (here === total ? "all" : here.toLocaleString()) + " are in this page";
   space.style.height = shown.length * ROW + "px";
@@ -298,6 +296,7 @@ async function begin() {
   index = JSON.parse(new TextDecoder().decode(await unpack("index")));
   ({ columns, tables } = index);
   for (const name of ["source", "status"]) for (const text of tables[name]) form.elements[name].append(make("option", text));
+  form.elements.reward.value = index.rewards; // a reset shows all
   form.oninput = () => { list.scrollTop = 0; refresh(); };
   form.onreset = () => setTimeout(() => { order = { field: "address", down: false }; refresh(); });
   form.onsubmit = (event) => event.preventDefault();

@@ -20,11 +20,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import DataError, MilesError, RunError
+from ..errors import ConfigError, DataError, MilesError, RunError
 from ..run_dir import RunDir
 from ..sample import Sample
-from ..sample_io import load_samples
-from .facts import Facts, TrajectoryFile
+from .facts import TRAIN, Facts, TrajectoryFile
+from .plain import finite
 from .tokens import CLIP, LEAST_LOGPROB, RATIO, Vocabulary, doc_of, log_ratio, quantities, scale_of, stretches
 
 PROMPT = 200
@@ -35,7 +35,13 @@ Block = list[int]
 
 
 def write_page(
-    run: RunDir, facts: Iterable[Facts], files: Sequence[TrajectoryFile], path: Path, budget: int, warn: Callable[[MilesError], None]
+    run: RunDir,
+    facts: Iterable[Facts],
+    files: Sequence[TrajectoryFile],
+    path: Path,
+    budget: int,
+    warn: Callable[[MilesError], None],
+    rewards: str = "",
 ) -> str:
     """Write the page, whole or not at all.
 
@@ -45,14 +51,18 @@ def write_page(
         files: Where they are.
         path: The page.
         budget: Most tokens that are stored with their values.
-        warn: Told of a file that is damaged; the others are shown.
+        warn: Told of a file that is damaged, or no longer the one that was listed; the others are shown.
+        rewards: The filter by reward with which the page opens, as its reader would write it; all are listed without it.
 
     Returns:
         A sentence about what it holds.
 
     Raises:
+        ConfigError: ``path`` is a directory.
         RunError: The page cannot be written.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; --html names the page's file, such as {path / 'page.html'}")
     listed = list(facts)
     blocks = chosen_blocks(listed, budget)
     place = np.full((len(listed), 2), -1, np.int32)
@@ -61,12 +71,13 @@ def write_page(
         with partial.open("w", encoding="utf-8") as out:
             out.write(_head(run))
             vocabulary, docs = _write_blocks(out, run, listed, files, blocks, place, warn)
-            _write_data(out, "index", _index(listed, place, vocabulary, docs, run))
+            _write_data(out, "index", _index(listed, place, vocabulary, docs, run, rewards))
             out.write(f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(f"{path}: the page cannot be written ({error.strerror}). Is there such a directory, and room?") from error
+    finally:
+        partial.unlink(missing_ok=True)
     with_tokens, size = int((place[:, 0] >= 0).sum()), path.stat().st_size / 2**20
     few = f"{with_tokens:,} with their tokens (more: --html-tokens, or choose fewer)"
     kept = "all with their tokens" if with_tokens == len(listed) else few
@@ -115,12 +126,12 @@ def _write_blocks(
     for file in files:
         wanted = of_file.get((file.step, file.source), [])
         try:
-            samples = load_samples(file.path) if wanted else []
+            samples = iter(file.samples([listed[row] for block in wanted for row in block]) if wanted else [])
         except DataError as error:
             warn(error)
             continue
         for block in wanted:
-            members = [samples[int(listed[row].address.rpartition(":")[2])] for row in block]
+            members = [next(samples) for _ in block]
             _write_bytes(out, f"b{written}", packed(members))
             place[block, 0], place[block, 1] = written, np.arange(len(block))
             written += 1
@@ -156,7 +167,7 @@ def packed(samples: Sequence[Sample]) -> bytes:
         ],
         "arrays": [[name, a.dtype.name, len(a), has[name]] for name, a in arrays.items()],
     }
-    text = json.dumps(header).encode()
+    text = json.dumps(finite(header), allow_nan=False).encode()
     text += b" " * (-len(text) % 4)
     return np.uint32(len(text)).tobytes() + text + b"".join(a.tobytes() + b"\0" * (-a.nbytes % 4) for a in arrays.values())
 
@@ -168,11 +179,12 @@ def _stored(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8) if values.dtype.kind == "b" else values.astype("<i4")
 
 
-def _index(listed: Sequence[Facts], place: np.ndarray, vocabulary: dict, docs: dict, run: RunDir) -> dict[str, Any]:
+def _index(listed: Sequence[Facts], place: np.ndarray, vocabulary: dict, docs: dict, run: RunDir, rewards: str) -> dict[str, Any]:
     """Everything but tokens, column by column; repeated texts once."""
     columns: dict[str, list] = {name: [f[i] for f in listed] for i, name in enumerate(Facts._fields)}
     columns["number"] = [int(a.rpartition(":")[2]) for a in columns.pop("address")]
     columns["prompt"] = [p[:PROMPT] for p in columns["prompt"]]
+    columns["reward"] = finite(columns["reward"])
     columns["rewards"] = [" ".join(f"{n}={v:.4g}" for n, v in r.items()) if len(r) > 1 else "" for r in columns["rewards"]]
     tables = {}
     for name in ("source", "policy", "prompt_id", "group", "prompt", "status", "rewards"):
@@ -186,6 +198,8 @@ def _index(listed: Sequence[Facts], place: np.ndarray, vocabulary: dict, docs: d
         "tables": tables,
         "vocabulary": vocabulary,
         "quantities": docs,
+        "train": TRAIN,
+        "rewards": rewards,
         "scales": {"least_logprob": LEAST_LOGPROB, "clip": CLIP},
         "prompt_characters": PROMPT,
     }

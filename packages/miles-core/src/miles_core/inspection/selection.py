@@ -19,6 +19,10 @@ class Range:
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
+    def __str__(self) -> str:
+        """What ``parse`` reads: ``0..0.5``, ``..0``."""
+        return "..".join("" if math.isinf(end) else repr(end) for end in (self.low, self.high))
+
     @staticmethod
     def parse(text: str | None, option: str) -> Range | None:
         """``3`` · ``0..0.5`` · ``..0`` · ``1..``; None stays None. Raises ConfigError naming the option."""

@@ -19,6 +19,8 @@ from ..tokenizers import load_tokenizer
 Scale = Literal["flag", "version", "logprob", "ratio", "signed"]
 RATIO = "ratio"
 RATIO_DOC = "exp(old_logprobs − logprobs): the token under the weights before the step, over the rollout's"
+UNFINISHED = ".partial"
+"""At the end of the name of a directory that is being written."""
 LEAST_LOGPROB, CLIP = -5.0, 0.2
 """Where colours are full: of log-probabilities, of a ratio's distance from 1. Other numbers are scaled by the largest of the trajectory."""
 
@@ -140,7 +142,7 @@ class Vocabulary:
 
 def tokenizer_directory(run: RunDir, policy: str) -> Path | None:
     """Where the policy's tokenizer lies: in the run, or where its configuration says the model came from."""
-    own = sorted(run.models.glob(f"*/{policy}/tokenizer_config.json"))
+    own = sorted(p for p in run.models.glob(f"*/{policy}/tokenizer_config.json") if not p.parts[-3].endswith(UNFINISHED))
     if own:
         return own[0].parent
     given = [m.get("path") for s in run_config(run).get("stages", {}).values() for n, m in s.get("models", {}).items() if n == policy]

@@ -60,7 +60,7 @@ class HttpReward:
         subject = f"reward http of sample {given[0].id}" + (f" and {len(given) - 1} more" if len(given) > 1 else "")
         answers = await self._service.ask({"samples": [self._told(sample) for sample in given]}, subject)
         if not isinstance(answers, list) or len(answers) != len(given):
-            found = f"a list of {len(answers)}" if isinstance(answers, list) else repr(answers)[:EXCERPT]
+            found = f"a list of {len(answers)}" if isinstance(answers, list) else self._service.without_key(repr(answers))[:EXCERPT]
             raise DataError(
                 f"{subject}: {self.config.url} answered {found}; expected a list with a reward for each of {len(given)} samples"
             )
@@ -85,7 +85,7 @@ class HttpReward:
             reward, parts = answer, {}
         if not _is_number(reward) or not isinstance(parts, dict) or not all(_is_number(value) for value in parts.values()):
             raise DataError(
-                f"{subject}: {self.config.url} answered {repr(answer)[:EXCERPT]}; "
+                f"{subject}: {self.config.url} answered {self._service.without_key(repr(answer))[:EXCERPT]}; "
                 'expected a finite number, or {"reward": number, "parts": {name: number}}'
             )
         return Score(float(reward), {name: float(value) for name, value in parts.items()})

@@ -134,7 +134,8 @@ class JudgeReward:
         worst, best = config.score_range
         raise RunError(
             f"{subject}: {config.model} at {self._service.url} gave no score from {worst:g} to {best:g} in {config.attempts} answers; the "
-            f"last ends {said[-EXCERPT:]!r}. Mend the template or the pattern in score, or say in unscored what such a sample is worth"
+            f"last ends {self._service.without_key(said)[-EXCERPT:]!r}. Mend the template or the pattern in score, or say in unscored what "
+            "such a sample is worth"
         )
 
     def _message(self, sample: Sample) -> str:
@@ -150,7 +151,8 @@ class JudgeReward:
         except (KeyError, IndexError, TypeError):
             content = 0
         if not isinstance(content, str | None):
-            raise DataError(f"{subject}: {self._service.url} answered no chat completion: {repr(answer)[:EXCERPT]}; is base_url right?")
+            found = self._service.without_key(repr(answer))[:EXCERPT]
+            raise DataError(f"{subject}: {self._service.url} answered no chat completion: {found}; is base_url right?")
         return content or ""
 
     def _reward(self, number: str | None) -> float | None:

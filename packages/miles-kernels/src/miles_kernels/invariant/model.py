@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.activations import ACT2CLS
 from transformers.masking_utils import eager_mask
 
-from .attention import invariant_attention
+from .attention import BLOCK, invariant_attention
 from .rows import ROWS, enough_for_all, filled, widened
 
 NAME = "miles_invariant"
@@ -31,7 +31,9 @@ ACTIVATIONS = tuple({cls if isinstance(cls, type) else cls[0] for cls in ACT2CLS
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """In the form of transformers' attention functions."""
+    """In the form of transformers' attention functions. Raises ValueError where a layer wants more than scaled dot products."""
+    if more := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} has attention with {', '.join(more)}, not plain scaled dot products")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return invariant_attention(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
 
@@ -65,10 +67,13 @@ def make_invariant(model: PreTrainedModel, routers: Sequence[nn.Module] = ()) ->
 def first_difference(model: PreTrainedModel, vocab_size: int) -> str | None:
     """What company changes in the hidden states of such a model, in words; None if nothing does. Takes well under a second for small ones.
 
-    Random tokens, [24, 40], are compared with themselves in fewer rows, cut shorter, and one at a time.
+    Random tokens, [24, 40] and two sequences as long as three blocks of keys, are compared with themselves in fewer rows, cut shorter,
+    and one at a time.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (24, 40), generator=generator).to(model.device)
+    length = min(2 * BLOCK + 5, getattr(model.config.get_text_config(), "max_position_embeddings", 2 * BLOCK + 5))
+    long = torch.randint(vocab_size, (2, length), generator=generator).to(model.device)
 
     def hidden(part: Tensor) -> Tensor:
         return model.base_model(part, attention_mask=torch.ones_like(part), use_cache=False).last_hidden_state
@@ -82,6 +87,8 @@ def first_difference(model: PreTrainedModel, vocab_size: int) -> str | None:
     ):
         if not torch.equal(hidden(tokens[:n, :length]), whole[:n, :length]):
             return f"a token's hidden state has other bits among {what} ({torch.get_num_threads()} threads)"
+    if not torch.equal(hidden(long[:1, : length // 2 + 7]), hidden(long)[:1, : length // 2 + 7]):
+        return f"a token's hidden state has other bits in a longer sequence ({torch.get_num_threads()} threads)"
     return None
 
 
@@ -94,6 +101,8 @@ class _Filled:
         module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not inputs:
+            raise ValueError(f"{type(module).__name__} is called without positional arguments")
         rows = inputs[0]
         self._shape = rows.shape[:-1] if rows.shape[:-1].numel() < ROWS else None
         return None if self._shape is None else (filled(rows.reshape(-1, rows.shape[-1])), *inputs[1:])
@@ -133,6 +142,8 @@ class _FilledExperts:
         module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(inputs) != 3:
+            raise ValueError(f"{type(module).__name__} is not called with (hidden states, experts, weights)")
         hidden, chosen, weights = inputs
         self._rows = len(hidden)
         more = enough_for_all(self._experts, chosen.shape[1], hidden.device).to(chosen.dtype)

@@ -97,7 +97,9 @@ class LocalEngine:
                 del self._calls[request.session]
 
     async def release(self, session: str) -> None:
-        """Forget a session's cache. Unknown sessions are fine."""
+        """Forget a session's cache. Unknown sessions are fine. Raises DataError while a call of it runs: cancel that first."""
+        if session in self._calls:
+            raise DataError(f"session {session!r} is released while its call still runs; cancel the call first")
         self._post(Release(session))
 
     def _check(self, request: GenerateRequest) -> None:

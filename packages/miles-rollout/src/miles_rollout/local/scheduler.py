@@ -21,6 +21,9 @@ from .stops import Stops
 RIDING = 32
 """A session that comes back with at most this many new tokens runs them one by one in the decoding steps; more are prefilled."""
 
+PATIENCE = 16
+"""Decoding steps for which a context may wait for its next prefill pass while shorter ones go first."""
+
 PREFILL_TOKENS = 1024
 """Tokens of one prefill pass, padding included. Longer contexts run in pieces, with a decoding step of the others after each."""
 
@@ -134,6 +137,7 @@ class Scheduler:
         request, sampling, slots = call.request, call.request.sampling, self._slots
         slots.begin(slot, request.tokens)
         row, length = slots.rows[slot], len(request.tokens)
+        row["used"] = self.stats.decode_steps
         row["running"], row["context"], row["end"] = True, length, min(length + sampling.max_tokens, self._max_length)
         row["key"], row["temperature"], row["top_p"] = request.key, sampling.temperature, sampling.top_p
         row["top_k"], row["min_p"] = sampling.top_k, sampling.min_p
@@ -170,8 +174,15 @@ class Scheduler:
                 slots.share(leader, others, int(slots.rows["cached"][leader]))
 
     def _prefill_pass(self, slots: np.ndarray) -> None:
-        """Run the next tokens of as many of the slots as fit, those with the fewest first: short contexts do not wait for long ones."""
+        """Run the next tokens of as many of the slots as fit, those with the fewest first: short contexts do not wait for long ones.
+
+        One that has waited for ``PATIENCE`` steps has a pass for itself, and then waits anew.
+        """
         held = self._slots
+        used = held.rows["used"][slots]
+        if self.stats.decode_steps - used.min() > PATIENCE:
+            slots = slots[[used.argmin()]]
+            held.rows["used"][slots] = self.stats.decode_steps
         pending = held.rows["length"][slots] - 1 - held.rows["cached"][slots]
         order = np.argsort(pending, kind="stable")
         slots, pending = slots[order], pending[order]

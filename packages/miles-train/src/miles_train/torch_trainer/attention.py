@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +82,20 @@ def can_stand_in(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or KNOWN_LAYERS)
     return config._attn_implementation == "sdpa" and kinds <= KNOWN_LAYERS and getattr(config, "attention_chunk_size", None) is None
+
+
+@contextmanager
+def windows_of_at_most(size: int, model: PreTrainedModel) -> Generator[None]:
+    """Meanwhile the model's sliding windows are no wider: in its masks (made from the config) and its layers (which pass them on)."""
+    holders: dict[int, Any] = {id(x): x for module in model.modules() for x in (module, getattr(module, "config", None))}
+    found = [(x, x.sliding_window) for x in holders.values() if isinstance(getattr(x, "sliding_window", None), int)]
+    try:
+        for holder, own in found:
+            holder.sliding_window = min(size, own)
+        yield
+    finally:
+        for holder, own in found:
+            holder.sliding_window = own
 
 
 AttentionInterface.register(NAME, row_attention)

@@ -38,7 +38,8 @@ class PackedModel(ABC):
         device: Where it is.
         vocab_size: Token ids are below it.
         layouts: Those that micro-batches may have; the cheapest is taken.
-        costs: What its rows cost.
+        costs: What its rows cost, where there is more than one layout.
+        max_tokens: Most rows of a forward pass, as the last ``micro_batches`` was told.
         replay: Puts the experts of the batch's column ``routing`` into every forward pass; None: routers choose for themselves.
     """
 
@@ -58,17 +59,18 @@ class PackedModel(ABC):
         assert isinstance(embedding, Tensor)
         self.vocab_size = embedding.shape[0]
         self.replay: RoutingReplay | None = None
-        config, base = self.hf.config.get_text_config(), self.hf.base_model
-        self.costs = planning.Costs.of(config, _parameters_a_row(base, config) - embedding.numel())
+        self.max_tokens = 0
         self.layouts: tuple[layouts.Name, ...] = ("padded",)
         if bitwise:
-            invariant.make_invariant(self.hf, find_routers(self.hf))
-            if why := invariant.first_difference(self.hf, self.vocab_size):
-                raise ConfigError(f"numerics: bitwise cannot be had with this {type(self.hf).__name__} on this machine: {why}")
+            _make_bitwise(self.hf, self.vocab_size)
         elif layout != "padded" and (why := _stand_in(self.hf, self.vocab_size)) is None:
             self.layouts = ("padded", "packed", "shared") if layout == "auto" else (layout,)
         elif layout in ("packed", "shared"):
             raise ConfigError(f"{type(self.hf).__name__} {why}; use layout: auto or padded")
+        self.costs = planning.NOTHING
+        if len(self.layouts) > 1:  # models without attention heads have no such costs, and one layout
+            config = self.hf.config.get_text_config()
+            self.costs = planning.Costs.of(config, _parameters_a_row(self.hf.base_model, config) - embedding.numel())
 
     @staticmethod
     @abstractmethod
@@ -93,7 +95,7 @@ class PackedModel(ABC):
 
     def hidden(self, batch: Batch, rows: np.ndarray) -> Tensor:
         """[R, hidden size]: last hidden states of some rows; row p has read the tokens up to and including p."""
-        given = layouts.lay_out(batch, planning.cheapest(batch, self.layouts, self.costs))
+        given = layouts.lay_out(batch, planning.cheapest(batch, self.layouts, self.costs, self.max_tokens))
         options: dict[str, Any] = {} if given.positions is None else {"position_ids": self.tensor(given.positions)}
         if given.places is not None:
             options["blocks"] = attention.Blocks(tuple(map(self.tensor, given.blocks)), self.tensor(given.places))
@@ -109,6 +111,7 @@ class PackedModel(ABC):
             units: int64 [S], samples with the same number stay together.
             max_tokens: Most rows of a forward pass.
         """
+        self.max_tokens = max_tokens
         return planning.plan(batch, units, max_tokens, self.layouts, self.costs)
 
     def recompute(self) -> None:
@@ -166,6 +169,8 @@ def read(auto_class: Any, path: Path, dtype: torch.dtype, device: torch.device, 
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa drops the cap without a word
     return model.to(device).eval(), set(info["missing_keys"])
 
 
@@ -189,15 +194,35 @@ def _stand_in(model: PreTrainedModel, vocab_size: int) -> str | None:
     """Give the model attention over rows that stand once; else say why it cannot have it, and leave it as it was.
 
     The same hidden states must come back as with the model's own attention, whether samples are padded, or share a row and what they
-    begin with.
+    begin with. Windows are made narrower than the samples meanwhile: many models put theirs into the mask only.
     """
     if not attention.can_stand_in(model):
         return "has attention of its own kind, which takes no packed samples"
+    own = model.config.get_text_config()._attn_implementation
+    with attention.windows_of_at_most(4, model):
+        expected = model.base_model(_probe(model, vocab_size), use_cache=False).last_hidden_state
+        try:
+            model.set_attn_implementation(attention.NAME)
+            same = _gives(model, vocab_size, expected)
+        except Exception as error:  # of the model's own code, which knows nothing of this attention
+            model.set_attn_implementation(own)
+            return f"fails with packed samples ({type(error).__name__}: {error})"
+    if same:
+        return None
+    model.set_attn_implementation(own)
+    return "lets packed samples see each other (a recurrent state, or masks or windows of its own)"
+
+
+def _probe(model: PreTrainedModel, vocab_size: int) -> Tensor:
+    """int64 [2, 9]: token ids of two samples that begin with the same three."""
     tokens = torch.arange(18, device=model.device).view(2, 9) % vocab_size
     tokens[:, :3] = tokens[0, :3]
-    expected = model.base_model(tokens, use_cache=False).last_hidden_state
-    own = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation(attention.NAME)
+    return tokens
+
+
+def _gives(model: PreTrainedModel, vocab_size: int, expected: Tensor) -> bool:
+    """Whether the model gives these hidden states [2, 9, hidden size] to the probe, packed and padded."""
+    tokens = _probe(model, vocab_size)
     rows = torch.arange(18, device=model.device).view(2, 9)
     rows[1, :3] = rows[0, :3]
     rows[1, 3:] -= 3
@@ -206,10 +231,29 @@ def _stand_in(model: PreTrainedModel, vocab_size: int) -> str | None:
     flat = tokens.flatten()[places]
     found = model.base_model(flat[None], position_ids=positions[None], blocks=attention.Blocks((rows,), places), use_cache=False)
     padded = model.base_model(tokens, use_cache=False).last_hidden_state
-    if close(found.last_hidden_state[0, rows], expected) and close(padded, expected):
-        return None
-    model.set_attn_implementation(own)
-    return "lets packed samples see each other (a recurrent state, or its own masks)"
+    return close(found.last_hidden_state[0, rows], expected) and close(padded, expected)
+
+
+@torch.no_grad()
+def _make_bitwise(model: PreTrainedModel, vocab_size: int) -> None:
+    """Make its numbers the same in any company; they must be those that it had before.
+
+    Raises:
+        ConfigError: They are not, or depend on their company on this machine.
+    """
+    tokens = torch.arange(40, device=model.device)[None] * 7919 % vocab_size
+    own = model.base_model(tokens, use_cache=False).last_hidden_state
+    end = f"numerics: bitwise cannot be had with this {type(model).__name__}"
+    try:
+        invariant.make_invariant(model, find_routers(model))
+        hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+        why = invariant.first_difference(model, vocab_size)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:  # modules of a form that its hooks do not know
+        raise ConfigError(f"{end}: {error}") from error
+    if not close(hidden, own):
+        raise ConfigError(f"{end}: its numbers change by more than rounding, so its attention is not plain scaled dot products")
+    if why:
+        raise ConfigError(f"{end} on this machine: {why}")
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -122,6 +123,8 @@ class RoutingReplay:
             if self._rows is None:
                 return own(*args, **kwargs)
             given = self._rows[:, layer]
+            filled = args[0].shape[:-1].numel() - len(given)  # rows that others put behind (miles_kernels.invariant)
+            given = F.pad(given, (0, 0, 0, filled), value=-1) if filled else given
             with _TopK(given, self.shape.experts) as topk:
                 output = own(*args, **kwargs)
             if self._counting:  # not when it is computed again in the backward pass

@@ -26,7 +26,7 @@ from miles_core.plan import unit_of_all, units_of
 from miles_core.protocols import BuildContext, StepReport, Unit
 
 from ..gates import check_gates
-from ..mismatch import mismatch_of
+from ..mismatch import fresh_rows, mismatch_of
 from ..plugins import TorchTrainerConfig
 from ..routing import load_routing, own_routing
 from ..schedule import learning_rate
@@ -44,6 +44,8 @@ R = TypeVar("R")
 
 MODELS: dict[str, type[PackedModel]] = {"critic": ScalarModel, "reward": ScalarModel}
 """What a model of a role is; all others are language models."""
+ENOUGH = 1024
+"""Tokens of the present weights of which the mismatch is known well enough; samples without advantage help out up to there."""
 
 
 class TorchTrainer:
@@ -123,7 +125,8 @@ class TorchTrainer:
         and what the losses report (means over trained tokens), all averaged over the optimizer steps; ``tokens``, trained in all
         of them; ``lr`` of the last; ``seconds/forward_backward``; and of language models what ``mismatch_of`` says of the
         first optimizer step's trained tokens, before any update. ``gates`` bound the latter. Where samples without advantage may be
-        skipped, ``skipped`` is the share of the trained tokens that were; losses are of all of them, means and mismatch of the others.
+        skipped, ``skipped`` is the share of the trained tokens that were; losses are of all of them, means of the others, and the
+        mismatch of the others and as many of the skipped as it takes to compare ``ENOUGH`` fresh tokens (in bitwise mode all).
 
         A batch for one optimizer step needs no ``old_logprobs``: where they are not annotated, they are what this pass says. They
         are reported as a column.
@@ -217,10 +220,11 @@ class TorchTrainer:
                 report, said = self._forward_backward(part, once=len(batch.steps) == 1)
                 if not reports and said is not None:
                     logprobs[batch.rows_of(samples[kept])] = np.where(part.array("loss_mask"), said, np.nan)
-                    mismatch = mismatch_of(part, said, self.version)
+                    compared, said = self._with_fresh(minibatch, kept, said)
+                    mismatch = mismatch_of(compared, said, self.version)
                     check_gates(mismatch, self.config.gates, str(self._dtype).removeprefix("torch."), self.context.bitwise)
                     if self.model.replay and self.config.compare_routing:
-                        mismatch |= self._own_routing(part, self.model.replay)
+                        mismatch |= self._own_routing(compared, self.model.replay)
                 norm = optimizer.gradient_norm()
                 report |= {"grad_norm": float(norm), "lr": learning_rate(self.config, self.optimizer_steps, total)}
                 seconds += time.perf_counter() - start
@@ -255,6 +259,22 @@ class TorchTrainer:
             moves = units == units[np.where(trained, minibatch.lengths, np.iinfo(np.int64).max).argmin()]
         return np.flatnonzero(trained & moves)
 
+    def _with_fresh(self, minibatch: Batch, kept: np.ndarray, said: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The samples whose mismatch is looked at, and their log-probabilities [N] of trained rows: those that are ``kept`` (int64 [S];
+        ``said`` of them), and of the skipped ones as many as it takes to compare ``ENOUGH`` tokens of these weights, in bitwise mode all.
+        """
+        rows = fresh_rows(minibatch, self.version)
+        fresh = np.bincount(minibatch.segment[rows], minlength=len(minibatch))
+        skipped = np.setdiff1d(np.flatnonzero(fresh), kept)
+        before = fresh[kept].sum() + np.cumsum(fresh[skipped]) - fresh[skipped]
+        more = skipped if self.context.bitwise else skipped[before < ENOUGH]
+        compared = np.sort(np.r_[kept, more])
+        logprobs = np.full(minibatch.n_rows, np.nan)
+        logprobs[minibatch.rows_of(kept)] = said
+        if len(more):
+            logprobs[minibatch.rows_of(more)] = self._logprobs(minibatch.select(more))
+        return minibatch.select(compared), logprobs[minibatch.rows_of(compared)]
+
     def _forward_backward(self, part: Batch, *, once: bool) -> tuple[dict[str, float], np.ndarray | None]:
         """Gradients of one optimizer step; its metrics, and a language model's log-probabilities, float64 [N], of the trained rows.
 
@@ -278,15 +298,19 @@ class TorchTrainer:
         return means | {"skipped": 1.0 - share}, logprobs
 
     @torch.no_grad()
+    def _logprobs(self, part: Batch) -> np.ndarray:
+        """float64 [N]: log-probabilities of the trained rows, without gradients."""
+        logprobs = np.full(part.n_rows, np.nan)
+        for samples in self._micro_batches(part, np.arange(len(part))):
+            micro = part.select(samples)
+            outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
+            logprobs[part.rows_of(samples)] = outputs["logprobs"].cpu().numpy()
+        return logprobs
+
     def _own_routing(self, part: Batch, replay: RoutingReplay) -> dict[str, float]:
         """The mismatch without replay, named ``mismatch_own_routing/…``, by another forward pass."""
-        logprobs = np.full(part.n_rows, np.nan)
         with replay.off():
-            for samples in self._micro_batches(part, np.arange(len(part))):
-                micro = part.select(samples)
-                outputs = self.model.outputs(micro, np.flatnonzero(micro.array("loss_mask")))
-                logprobs[part.rows_of(samples)] = outputs["logprobs"].cpu().numpy()
-        return own_routing(mismatch_of(part, logprobs, self.version))
+            return own_routing(mismatch_of(part, self._logprobs(part), self.version))
 
     def _add_gradient(self, micro: Batch, *, once: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradient to what there is; the model's outputs, and the metrics' parts. ``once`` as above."""
