@@ -49,7 +49,7 @@ def test_missing_recipe(miles):
     ("lines", "expected"),
     [
         (["", "{broken"], ["rows.jsonl:2"]),
-        ([json.dumps({"prompt": "a"}), json.dumps({"question": "b"})], ["rows.jsonl:2", "prompt"]),
+        (["", json.dumps({"question": "b"})], ["rows.jsonl:2", "prompt"]),
         ([], ["rows.jsonl", "empty"]),
         (None, ["rows.jsonl"]),
     ],
@@ -58,7 +58,7 @@ def test_malformed_data_names_file_and_line(miles, lines, expected):
     if lines is not None:
         rows = [line or json.dumps({"prompt": "1 + 1 ?", "label": 2}) for line in lines]
         Path("rows.jsonl").write_text("".join(row + "\n" for row in rows))
-    data = ["stages.rl.data={use: jsonl, path: rows.jsonl}", "stages.rl.shuffle=false"]
+    data = ["stages.rl.data={use: jsonl, path: rows.jsonl, label_field: label}", "stages.rl.shuffle=false"]
     said = miles("run", "mini.yaml", *data)
     assert said.code == 1
     for piece in expected:

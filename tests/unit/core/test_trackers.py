@@ -53,8 +53,12 @@ def test_tensorboard_reads_every_number_back(tmp_path):
     assert read == {"loss": [(1, 0.5), (2, -0.25)], "tokens": [(1, 1200.0), (2, 1300.0)], "eval/held_out/avg@1": [(2, 0.75)]}
 
 
-def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one second are told apart by a number that each process counts from 0, and are read in the order of their names.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for life, steps in enumerate((range(1, 6), range(3, 7))):
         tracker = build("tensorboard", tmp_path)
         for step in steps:

@@ -32,6 +32,8 @@ async def deadline(awaitable: Awaitable[T], seconds: float, who: str, what: str 
         if not task.done():
             task.cancel()
             await asyncio.wait({task}, timeout=GRACE)
+        if task.done() and not task.cancelled():
+            task.exception()  # looked at, lest asyncio complain where nobody waits any more
     if not done:
         raise RunError(f"{who} waited {seconds:g} s for {what if isinstance(what, str) else what()}. {advice}".rstrip())
     return task.result()
