@@ -272,12 +272,12 @@ def test_there_is_something_to_cut(case: int) -> None:
 
 
 @every_case
-@pytest.mark.parametrize(("max_tokens", "padded"), [(1, False), (25, False), (60, True)])
-def test_micro_batches(case: int, max_tokens: int, padded: bool) -> None:
+@pytest.mark.parametrize("max_tokens", [1, 25, 60])
+def test_micro_batches(case: int, max_tokens: int) -> None:
     """As the trainer plans them: units stay together."""
     step, expected = whole(case)
     loss = CASES[case][1]
-    plan = micro_batches(step.lengths, units_of(step, config("loss", loss).unit), max_tokens, padded=padded)
+    plan = micro_batches(step.lengths, units_of(step, config("loss", loss).unit), max_tokens)
     assert len(plan) > 1
     check(cut(step, loss, plan), expected)
 
@@ -332,7 +332,7 @@ def test_epochs_and_mini_batches(case: int) -> None:
     found = []
     for step in steps:
         found.append(cut(step, loss, [np.arange(len(step))]))
-        check(cut(step, loss, micro_batches(step.lengths, units_of(step, unit), 1, padded=False)), found[-1])
+        check(cut(step, loss, micro_batches(step.lengths, units_of(step, unit), 1)), found[-1])
     for epoch in (slice(0, 3), slice(3, 6)):
         np.testing.assert_array_equal(np.sort(np.concatenate(batch.steps[epoch])), np.arange(len(batch)))
         for name, outcome in whole(case)[1].items():

@@ -278,12 +278,12 @@ def test_trajectories_do_lie_apart() -> None:
 def test_micro_batches_add_up(max_tokens: int, unsplit: Outcome) -> None:
     """Units keep trajectories together, so what a loss reduces over lies in one micro-batch; only the whole step does not."""
     batch = whole_batch()
-    parts = [batch.select(p) for p in micro_batches(batch.lengths, units_of(batch, "token"), max_tokens, padded=False)]
+    parts = [batch.select(p) for p in micro_batches(batch.lengths, units_of(batch, "token"), max_tokens)]
     assert len(parts) > 1
     losses = {n: f for n, f in LOSSES.items() if f is not global_ratio}
     outcomes = [outcome(p, losses) for p in parts]
     check_sum(outcomes, unsplit, losses)
-    sequences = micro_batches(batch.lengths, units_of(batch, "token"), max_tokens, padded=False)
+    sequences = micro_batches(batch.lengths, units_of(batch, "token"), max_tokens)
     for part, samples in zip(outcomes, sequences, strict=True):
         for kind in ("sum", "mean"):
             np.testing.assert_allclose(part.reductions[f"{kind} sequence"], unsplit.reductions[f"{kind} sequence"][samples], atol=1e-12)
@@ -294,6 +294,6 @@ def test_micro_batches_of_context_shards_are_parts_too(unsplit: Outcome) -> None
     """First micro-batches, then zig-zag rows, shares only: what needs no communication needs no process group."""
     batch = whole_batch()
     linear = {n: LOSSES[n] for n in ("token_mean", "sequence_mean", "trajectory_mean")}
-    plan = micro_batches(batch.lengths, units_of(batch, "token"), 30, padded=False)
+    plan = micro_batches(batch.lengths, units_of(batch, "token"), 30)
     parts = [batch.select(p).context_shard(rank, 3) for p in plan for rank in range(3)]
     check_sum([outcome(p, linear) for p in parts], unsplit, linear)

@@ -106,32 +106,30 @@ def test_shards_do_not_depend_on_sample_order(case: tuple[np.ndarray, np.ndarray
 
 
 def test_micro_batches_by_hand() -> None:
-    """Lengths 2 2 3 6 9: packed, 2 + 2 + 3 just fit into 7 rows; padded, 3 × 3 rows just fit into 9."""
+    """Lengths 2 2 3 6 9: 2 + 2 + 3 just fit into 7 rows."""
     lengths, units = np.array([9, 2, 6, 3, 2]), np.arange(5)
 
-    def plan(budget: int, padded: bool) -> list[list[int]]:
-        return [sorted(p.tolist()) for p in micro_batches(lengths, units, budget, padded=padded)]
+    def plan(budget: int) -> list[list[int]]:
+        return [sorted(p.tolist()) for p in micro_batches(lengths, units, budget)]
 
-    assert plan(7, padded=False) == [[1, 3, 4], [2], [0]]
-    assert plan(6, padded=False) == [[1, 4], [3], [2], [0]]
-    assert plan(9, padded=True) == [[1, 3, 4], [2], [0]]
-    assert plan(8, padded=True) == [[1, 4], [3], [2], [0]]
+    assert plan(7) == [[1, 3, 4], [2], [0]]
+    assert plan(6) == [[1, 4], [3], [2], [0]]
 
 
 def test_a_unit_longer_than_the_budget_stands_alone() -> None:
     """A pair of 6 + 6 rows is not split under a budget of 8, and nothing is put beside it."""
-    parts = micro_batches(np.array([6, 1, 6, 1]), np.array([0, 1, 0, 2]), 8, padded=False)
+    parts = micro_batches(np.array([6, 1, 6, 1]), np.array([0, 1, 0, 2]), 8)
     assert [sorted(p.tolist()) for p in parts] == [[1, 3], [0, 2]]
 
 
-@given(lengths_and_units, st.integers(1, 60), st.booleans())
-def test_micro_batches_keep_units_and_budget(case: tuple[np.ndarray, np.ndarray], budget: int, padded: bool) -> None:
+@given(lengths_and_units, st.integers(1, 60))
+def test_micro_batches_keep_units_and_budget(case: tuple[np.ndarray, np.ndarray], budget: int) -> None:
     lengths, units = case
-    parts = micro_batches(lengths, units, budget, padded=padded)
+    parts = micro_batches(lengths, units, budget)
     check_partition(parts, units)
 
     def rows(samples: np.ndarray) -> int:
-        return int(len(samples) * lengths[samples].max() if padded else lengths[samples].sum())
+        return int(lengths[samples].sum())
 
     for part in parts:
         assert rows(part) <= budget or len(set(units[part].tolist())) == 1
@@ -144,7 +142,7 @@ def test_micro_batches_keep_units_and_budget(case: tuple[np.ndarray, np.ndarray]
 def test_micro_batches_of_real_batches(batch: Batch, budget: int) -> None:
     for unit in ("token", "group"):
         units = units_of(batch, unit)
-        parts = micro_batches(batch.lengths, units, budget, padded=False)
+        parts = micro_batches(batch.lengths, units, budget)
         check_partition(parts, units)
         assert sum(batch.select(p).n_rows for p in parts) == batch.n_rows
 
@@ -152,4 +150,4 @@ def test_micro_batches_of_real_batches(batch: Batch, budget: int) -> None:
 def test_no_samples() -> None:
     """A data-parallel rank that got none."""
     nothing = np.zeros(0, np.int64)
-    assert micro_batches(nothing, nothing, 8, padded=True) == []
+    assert micro_batches(nothing, nothing, 8) == []

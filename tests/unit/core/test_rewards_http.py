@@ -16,18 +16,7 @@ from miles_core.errors import ConfigError, DataError, InfrastructureFailure, Run
 from miles_core.plugins import config_class
 from miles_core.rewards import endpoint
 
-
-@pytest.fixture(scope="module")
-def service():
-    made = Service()
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """Requests are repeated without a pause."""
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.0)
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 async def scored(service, *samples, **given):

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import pytest
 from fixtures.rewards import CONTEXT, END, config, responded, scorer
-from fixtures.services import Raw, Service
+from fixtures.services import Raw
 from pydantic import ValidationError
 
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, RunError
-from miles_core.rewards import endpoint
 
 TEMPLATE = "Question: {prompt}\nReference: {label}\nAnswer: <answer>{response}</answer>\nReason, then write Score: 1 to 5."
 
 
-@pytest.fixture(scope="module")
-def service():
-    made = Service()
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    """Requests are repeated without a pause."""
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.0)
+pytestmark = pytest.mark.usefixtures("at_once")
 
 
 def judge(service, **given):

@@ -52,16 +52,15 @@ def balanced_shards(lengths: np.ndarray, units: np.ndarray, size: int) -> list[n
     return [np.flatnonzero(owner[inverse] == rank) for rank in range(size)]
 
 
-def micro_batches(lengths: np.ndarray, units: np.ndarray, max_tokens: int, *, padded: bool) -> list[np.ndarray]:
+def micro_batches(lengths: np.ndarray, units: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Sample indices of micro-batches of at most ``max_tokens`` rows (a longer unit stands alone).
 
-    Units are taken in order of length, so that padding (every row as long as the longest) costs little.
+    Units are taken in order of length.
 
     Args:
         lengths: int64 [S], rows of each sample.
         units: int64 [S], samples with the same number stay together.
-        max_tokens: Budget in rows, padding included if ``padded``.
-        padded: Whether the trainer pads each micro-batch to its longest sample.
+        max_tokens: Budget in rows.
     """
     members: dict[int, list[int]] = {}
     for sample, unit in enumerate(units.tolist()):
@@ -70,8 +69,7 @@ def micro_batches(lengths: np.ndarray, units: np.ndarray, max_tokens: int, *, pa
     parts: list[list[int]] = [[]]
     for unit_samples in ordered:
         grown = parts[-1] + unit_samples
-        cost = len(grown) * max(lengths[s] for s in grown) if padded else sum(lengths[s] for s in grown)
-        if parts[-1] and cost > max_tokens:
+        if parts[-1] and sum(lengths[s] for s in grown) > max_tokens:
             parts.append(list(unit_samples))
         else:
             parts[-1] = grown

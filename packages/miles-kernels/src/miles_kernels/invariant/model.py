@@ -67,27 +67,23 @@ def make_invariant(model: PreTrainedModel, routers: Sequence[nn.Module] = ()) ->
 def first_difference(model: PreTrainedModel, vocab_size: int) -> str | None:
     """What company changes in the hidden states of such a model, in words; None if nothing does. Takes well under a second for small ones.
 
-    Random tokens, [24, 40] and two sequences as long as three blocks of keys, are compared with themselves in fewer rows, cut shorter,
-    and one at a time.
+    Random tokens, [24, 40], and two sequences that reach into a third block of keys, are compared with themselves in fewer rows, cut
+    shorter, and one at a time.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (24, 40), generator=generator).to(model.device)
-    length = min(2 * BLOCK + 5, getattr(model.config.get_text_config(), "max_position_embeddings", 2 * BLOCK + 5))
-    long = torch.randint(vocab_size, (2, length), generator=generator).to(model.device)
+    longest = min(2 * BLOCK + 5, getattr(model.config.get_text_config(), "max_position_embeddings", 2 * BLOCK + 5))
+    long = torch.randint(vocab_size, (2, longest), generator=generator).to(model.device)
 
     def hidden(part: Tensor) -> Tensor:
         return model.base_model(part, attention_mask=torch.ones_like(part), use_cache=False).last_hidden_state
 
     whole = hidden(tokens)
-    for what, n, length in (
-        ("fewer sequences", 3, 40),
-        ("shorter sequences", 24, 17),
-        ("a single short sequence", 1, 5),
-        ("one token", 1, 1),
-    ):
+    for what, n, length in COMPANIES:
         if not torch.equal(hidden(tokens[:n, :length]), whole[:n, :length]):
             return f"a token's hidden state has other bits among {what} ({torch.get_num_threads()} threads)"
-    if not torch.equal(hidden(long[:1, : length // 2 + 7]), hidden(long)[:1, : length // 2 + 7]):
+    shorter = longest // 2 + 7
+    if not torch.equal(hidden(long[:1, :shorter]), hidden(long)[:1, :shorter]):
         return f"a token's hidden state has other bits in a longer sequence ({torch.get_num_threads()} threads)"
     return None
 

@@ -41,12 +41,14 @@ class InlineTransport:
         """
         began = time.perf_counter()
         weights = await asyncio.to_thread(lambda: list(source.named_weights()))
-        copied = 0
+        copied, sent = 0, dict[str, str]()
         for index, sink in enumerate(sinks):
             places = {name: _place(tensor) for name, tensor in sink.named_weights()}
             apart = [(name, tensor) for name, tensor in weights if places.get(name) != _place(tensor)]
             await sink.update_weights(weights, version)
-            await asyncio.to_thread(_compare, apart, _rest(sink, weights, apart), index, sink, version)
+            sent |= await asyncio.to_thread(lambda new: dict(digests(new)), [one for one in apart if one[0] not in sent])
+            held = await asyncio.to_thread(digests, _rest(sink, weights, apart))
+            _compare([(name, sent[name]) for name, _ in apart], held, index, sink, version)
             copied += sum(tensor.numel() * tensor.element_size() for _, tensor in apart)
         if self._alternate and len(sinks) == 1 and copied and isinstance(source, SharesMemory):
             await asyncio.to_thread(source.share_memory, dict(sinks[0].named_weights()))
@@ -64,9 +66,9 @@ def _rest(sink: Any, weights: Named, apart: Named) -> Named:
     return [(name, tensor) for name, tensor in sink.named_weights() if name not in together]
 
 
-def _compare(sent: Named, held: Named, index: int, sink: Any, version: int) -> None:
-    """Raise a RunError unless both are the same weights; trainer and engine each have an order of their own."""
-    for sent_one, held_one in zip_longest(sorted(digests(sent)), sorted(digests(held)), fillvalue=("nothing", "")):
+def _compare(sent: list[tuple[str, str]], held: list[tuple[str, str]], index: int, sink: Any, version: int) -> None:
+    """Raise a RunError unless both are the digests of the same weights; trainer and engine each have an order of their own."""
+    for sent_one, held_one in zip_longest(sorted(sent), sorted(held), fillvalue=("nothing", "")):
         if sent_one != held_one:
             raise RunError(
                 f"engine {index} ({type(sink).__name__}) does not hold version {version} of the weights: where {sent_one[0]!r} was "

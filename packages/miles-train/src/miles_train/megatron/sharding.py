@@ -47,7 +47,7 @@ class Cut:
         """
         parts: list[list[np.ndarray | None]] = []
         for shard in balanced_shards(batch.lengths, units, layout.data):
-            own = micro_batches(batch.lengths[shard], units[shard], max_tokens, padded=False)
+            own = micro_batches(batch.lengths[shard], units[shard], max_tokens)
             parts.append([shard[p] for p in own])
         most = max(len(p) for p in parts)
         return Cut(batch, layout, [p + [None] * (most - len(p)) for p in parts])

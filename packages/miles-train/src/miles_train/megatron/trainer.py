@@ -302,7 +302,7 @@ class MegatronTrainer:
     async def _origin(self, minibatch: Batch) -> str:
         """Whose gradient is not finite. Every unit is computed again, alone: only a step that is refused pays for that."""
         trained = minibatch.select(np.flatnonzero(minibatch.segments.sequence_tokens))
-        for samples in micro_batches(trained.lengths, units_of(trained, self.unit), 1, padded=False):
+        for samples in micro_batches(trained.lengths, units_of(trained, self.unit), 1):
             arguments = Cut.alone(trained, self.layout, samples).for_ranks(self._reads, tuple(trained.columns))
             results: list[Gradients] = await self._call("gradients", arguments, "the gradient of one sample")
             if not np.isfinite(results[0].norm):
