@@ -535,6 +535,8 @@ async def test_on_a_gpu(name: str, engine_of: Callable[..., Engine], model_path:
     """The same promises on CUDA in float32: logprobs of the CPU's plain forward pass, turn by turn, and new weights from the CPU."""
     import torch
 
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no CUDA device here")
     torch.backends.cuda.matmul.allow_tf32 = False
     engine, reference = engine_of(name, device="cuda", dtype="float32"), Reference(model_path(name))
     for version in range(2):
