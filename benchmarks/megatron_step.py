@@ -32,9 +32,10 @@ from miles_core.protocols import BuildContext
 from miles_core.refs import SampleRef
 from miles_core.sample import Sample, SampleId, SamplingSpan
 from miles_train.megatron import inputs, trainer
-from miles_train.megatron.messages import Micro
 from miles_train.megatron.optimizer import ShardedAdamW
 from miles_train.megatron.worker import Worker
+from miles_train.ranks.messages import READS, Micro
+from miles_train.ranks.sharding import Cut
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -50,12 +51,12 @@ class BareWorker(Worker):
         """Build the bare loop's own model and optimizer, and its tensors."""
         from miles_train.megatron import model as models
 
-        model, options = self._model, self._options
+        model, options = self._model, self.options
         path = options.context.model_path
         assert path is not None
         self._bare = models.build(path, model.spec, options.layout, getattr(torch, options.dtype), replay=False)
         self._bare_optimizer = ShardedAdamW(self._bare, options.config, path)
-        made = [inputs.micro_inputs(m.batch, options.layout, model.coordinates.context, self._device) for m in micros]
+        made = [inputs.micro_inputs(m.batch, options.layout, model.coordinates.context, self.device) for m in micros]
         self._prepared = [(micro, *_targets(micro)) for micro in made]
 
     def bare(self, cross_entropy: bool) -> float:
@@ -181,12 +182,12 @@ async def measure(args: argparse.Namespace, directory: Path) -> dict[str, list[f
     """Seconds of each variant, taking turns."""
     cluster = ProcessesConfig(use="processes", threads=args.threads).build(BuildContext(directory, "bench", 0))
     layout = {k: int(v) for k, v in (part.split("=") for part in args.layout.split(",") if part)}
-    trainer.WORKER = "megatron_step:BareWorker"
+    trainer.MegatronTrainer.worker = "megatron_step:BareWorker"
     ours = build(write_model(directory / "model", args), directory, cluster, args, layout)
-    batch = batch_of(args).load(trainer.READS)
+    batch = batch_of(args).load(READS)
     try:
         await ours.start()
-        cut = trainer.Cut.of(batch, ours.layout, np.arange(len(batch)), args.micro_batch_tokens)
+        cut = Cut.of(batch, ours.layout, np.arange(len(batch)), args.micro_batch_tokens)
         await asked(ours, "prepare", cut.for_ranks(tuple(batch.columns), ()), "the bare loop")
         loop = asyncio.get_running_loop()
 

@@ -4,14 +4,16 @@
 
 A random Qwen3 model in bfloat16 (about 200 MB). Taking turns in one run:
 
-- `publish`: the whole of `SglangEngine.update_weights`: pause, every weight checked, packed, sent and loaded, version stamped, continue.
+- `tensor`: what `weight_transport: tensor` asks of the engine, the whole of `SglangEngine.update_weights`: requests held, every weight
+  checked, packed, sent and loaded, version stamped.
+- `collective`: the same by `broadcast_weights`, where the bytes go through a process group (made in the round that is thrown away).
 - `disk`: what `weight_transport: disk` makes of it where trainer and server share a machine: the weights saved, `load_weights`, deleted.
-- `bare`: the same bytes in requests of the same size by the same httpx, to FastAPI on uvicorn in SGLang's own environment, which reads
-  each body and answers. Nothing is encoded, parsed or loaded.
+- `bare`: the same bytes in requests of the same size as those of `tensor` by the same httpx, to FastAPI on uvicorn in SGLang's own
+  environment, which reads each body and answers. Nothing is encoded, parsed or loaded.
 - `necessary`: what SGLang's interface makes of these bytes at the least, in this process and one after the other: base64 and JSON written
   and read by the calls that both ends use (`base64.b64encode`, `json.loads`, `base64.b64decode(validate=True)`), without any transport.
 
-The numbers are megabytes of weights a second of wall time. Ratios are publish / bare: the bound is 0.5. Beside them stands what one
+The numbers are megabytes of weights a second of wall time. Ratios are to `bare`: the bound is 0.5. Beside them stands what one
 round cost each process in seconds of processor time; where cores are few or busy, the sums say what the wall clock cannot.
 """
 
@@ -39,7 +41,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from _machine import ROOT, interleave, median_ratio, summary, write_result
 from miles_core.protocols import BuildContext
 from miles_rollout.plugins import SglangEngineConfig
-from miles_rollout.sglang import payload, updates
+from miles_rollout.sglang import updates
 from miles_rollout.sglang.environment import find
 
 BARE = """
@@ -52,6 +54,8 @@ async def copy(request: Request):
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", loop="uvloop")
 """
 START_SECONDS = 60.0
+BY_VALUE = {"tensor": updates.IN_REQUESTS, "collective": updates.THROUGH_GROUPS}
+BY_TRANSPORT = (*BY_VALUE, "disk")
 
 
 def save_model(directory: Path, layers: int) -> Path:
@@ -89,7 +93,7 @@ class Copying:
         self.server = subprocess.Popen([str(interpreter), "-c", BARE, str(port)])
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
         flat = torch.cat([t.reshape(-1).view(torch.uint8) for t in self.weights.values()])
-        self.pieces = [piece.numpy().tobytes() for piece in flat.split(payload.BUCKET_BYTES)]
+        self.pieces = [piece.numpy().tobytes() for piece in flat.split(updates.IN_REQUESTS.bucket_bytes)]
 
     def start(self) -> None:
         self.loop.run_until_complete(self.engine.start())
@@ -114,10 +118,16 @@ class Copying:
     def _rate(self, began: float) -> float:
         return self.bytes / 1e6 / (time.perf_counter() - began)
 
-    def publish(self) -> float:
+    def tensor(self) -> float:
         self.version += 1
         began = time.perf_counter()
         self.loop.run_until_complete(self.engine.update_weights(self.weights.items(), self.version))
+        return self._rate(began)
+
+    def collective(self) -> float:
+        self.version += 1
+        began = time.perf_counter()
+        self.loop.run_until_complete(self.engine.broadcast_weights(self.weights.items(), self.version))
         return self._rate(began)
 
     def disk(self) -> float:
@@ -165,29 +175,27 @@ def main() -> int:
         ways = Copying(save_model(Path(directory), args.layers), interpreter, Path(directory))
         try:
             ways.start()
-            rates = interleave({way: partial(getattr(ways, way)) for way in ("publish", "disk", "bare", "necessary")}, args.repeats)
-            spent = {way: ways.processor_time(way) for way in ("publish", "disk", "bare")}
+            rates = interleave({way: partial(getattr(ways, way)) for way in (*BY_TRANSPORT, "bare", "necessary")}, args.repeats)
+            spent = {way: ways.processor_time(way) for way in (*BY_TRANSPORT, "bare")}
         finally:
             ways.close()
-    ratio = median_ratio(rates["publish"], rates["bare"])
+    ratios = {way: round(median_ratio(rates[way], rates["bare"]), 3) for way in (*BY_TRANSPORT, "necessary")}
     result = {
         "benchmark": "publish",
         "unit": "MB of weights per second of wall time",
         "weights_mb": round(ways.bytes / 1e6),
-        "bucket_mb": payload.BUCKET_BYTES / 1e6,
-        "in_flight": updates.IN_FLIGHT,
+        "bucket_mb": {way: how.bucket_bytes / 1e6 for way, how in BY_VALUE.items()},
+        "in_flight": {way: how.in_flight for way, how in BY_VALUE.items()},
         "repeats": args.repeats,
         "rates": {way: summary(r) for way, r in rates.items()},
         "processor_seconds": spent,
-        "ratio": round(ratio, 3),
-        "ratio_of_disk": round(median_ratio(rates["disk"], rates["bare"]), 3),
-        "ratio_of_necessary": round(median_ratio(rates["necessary"], rates["bare"]), 3),
+        "ratios": ratios,
     }
     for way, values in rates.items():
         print(f"{way}: {summary(values)['median']:.0f} MB/s ({min(values):.0f} to {max(values):.0f})")
     for way, by_process in spent.items():
         print(f"{way}: {sum(by_process.values()):.2f} s of processor time: {by_process}")
-    print(f"publish / bare: {ratio:.2f} (bound 0.5); disk / bare: {result['ratio_of_disk']:.2f}")
+    print("to bare: " + ", ".join(f"{way} {ratio:.2f}" for way, ratio in ratios.items()) + " (bound 0.5)")
     path = write_result("publish", result, ("torch", "transformers", "httpx", "miles-rollout"))
     print(f"written to {path.relative_to(ROOT)}")
     return 0

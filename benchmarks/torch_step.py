@@ -14,6 +14,7 @@ Each layout is measured too, beside what planning.Costs says of it.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 import tempfile
 import time
@@ -81,17 +82,16 @@ def batch_of(name: str) -> Batch:
     return batch.with_columns({"advantages": rng.standard_normal(len(batch))[batch.segment].astype(np.float32)})
 
 
-def build(path: Path, **options: Any) -> TorchTrainer:
-    """The trainer as a run builds it."""
+def build(path: Path, cluster: Any = None, **options: Any) -> Any:
+    """The trainer as a run builds it: in this process, or over the ranks of a cluster."""
     trainer = {"use": "torch", "gates": {"mismatch": float("inf"), "ess": 0.0}, "weight_decay": 0.0, **options}
     losses = {"ppo": {"use": "ppo_clip", "old": "current"}}
     policy = {"path": str(path), "losses": losses, "advantage": "grpo", "engine": "local", "trainer": trainer}
     stage: dict[str, Any] = {"steps": 1, "groups": 1, "data": {"use": "texts", "texts": ["-"]}, "models": {"policy": policy}}
     stage |= {"rollout": {"use": "trajectories", "sampling": {"max_tokens": 1}}}
     config = RunConfig.from_mapping({"name": "bench", "trackers": {}, "stages": {"main": stage}}).stages["main"]
-    made = build_trainer(config.models["policy"], BuildContext(path.parent, "bench", 0, "policy", path, total_steps=1, stage=config))
-    assert isinstance(made, TorchTrainer)
-    return made
+    context = BuildContext(path.parent, "bench", 0, "policy", path, total_steps=1, stage=config, cluster=cluster)
+    return build_trainer(config.models["policy"], context)
 
 
 def ppo(logprobs: torch.Tensor, advantages: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -117,9 +117,8 @@ def bare(path: Path, batch: Batch, ours: TorchTrainer) -> Callable[[], float]:
     """The bare loop over the micro-batches and layouts of ``ours``; it returns its loss."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention.NAME).eval()
     made: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for samples in ours.model.micro_batches(batch, np.arange(len(batch)), ours.config.micro_batch_tokens):
-        micro = batch.select(samples)
-        given = layouts.lay_out(micro, planning.cheapest(micro, ours.model.layouts, ours.model.costs, ours.model.max_tokens))
+    for part in ours.model.micro_batches(batch, np.arange(len(batch)), ours.config.micro_batch_tokens):
+        micro, given = part.batch, part.layout
         options: dict[str, Any] = {"input_ids": torch.from_numpy(given.tokens)}
         if given.places is not None:
             options["position_ids"] = torch.from_numpy(given.positions)
@@ -190,21 +189,23 @@ def main() -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, asyncio.Runner() as runner:
         torch.manual_seed(0)
         path = Path(directory) / "model"
         AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **MODELS[args.model], **COMMON)).save_pretrained(path)
         batch = batch_of(args.model)
         trainers = {n: build(path, layout=n, micro_batch_tokens=args.micro_batch_tokens) for n in ("auto", "padded", "packed", "shared")}
+        for trainer in trainers.values():  # each thread has a number of its own
+            trainer._worker.submit(torch.set_num_threads, args.threads).result()
         loaded = batch.load(trainers["auto"].model.reads)
         steps: dict[str, Callable[[], Any]] = {
             "bare": bare(path, loaded, trainers["auto"]),
             "bare_padded": bare_padded(path, loaded, args.micro_batch_tokens),
         }
-        expected = trainers["auto"]._step(batch).metrics["loss"]
+        expected = runner.run(trainers["auto"].step(batch)).metrics["loss"]
         for name, step in steps.items():  # they are the same computation, or there is nothing to compare
             assert abs(step() - expected) < 1e-4 * abs(expected), (name, expected)
-        steps |= {name: (lambda trainer=trainer: trainer._step(batch)) for name, trainer in trainers.items()}
+        steps |= {name: (lambda trainer=trainer: runner.run(trainer.step(batch))) for name, trainer in trainers.items()}
         seconds = interleave({name: timed(step) for name, step in steps.items()}, args.repeats)
         each, costs = np.arange(len(batch)), trainers["auto"].model.costs
         told = {n: planning.planned(loaded, each, args.micro_batch_tokens, n, costs)[1] / 1e9 for n in ("padded", "packed", "shared")}

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from miles_core.config import Deadlines, Every, KlReward, ModelConfig, RunConfig, StageConfig
-from miles_core.plugins import POINTS, PluginConfig, config_class, find_all
+from miles_core.plugin_finding import find_all
+from miles_core.plugins import POINTS, PluginConfig, config_class
 from miles_core.tokenizers import TokenizerConfig
 
 HEAD = """# Every key

@@ -21,7 +21,7 @@ def main(path: str) -> None:
     print(f"reward: {rows[0]['reward']:.2f} at step {rows[0]['step']}, {rows[-1]['reward']:.2f} at step {rows[-1]['step']}")
     print(f"engine and trainer differ by at most {max(row['mismatch/max_abs'] for row in rows):.1e} nats on any token")
 
-    # What was sampled and trained, a file a step; what evaluations sampled is in eval-NAME-STEP.safetensors.
+    # What was sampled and trained, a file a step; what evaluations sampled is in eval-STAGE.NAME-STEP.safetensors.
     samples = load_samples(max(run.trajectories.glob("step-*.safetensors")))
     groups = defaultdict(list)
     for sample in samples:

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from miles_core.batch import Batch
 from miles_core.errors import DataError
-from miles_core.plugins import config_class, find_all
+from miles_core.plugin_finding import find_all
+from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext, CorrectionInputs, LossInputs
 from miles_core.refs import SampleRef
 

@@ -358,6 +358,20 @@ async def test_finished_sequences_are_replaced_at_once(lengths: list[int], engin
     await engine.close()
 
 
+async def test_an_idle_engine_begins_when_all_are_here(engine_of: Callable[..., Engine]) -> None:
+    """Requests that come one after the other, while the first could already run, take as many steps as one of them."""
+    engine = engine_of(max_batch=16)
+
+    async def later(index: int) -> Generation:
+        for _ in range(index):
+            await asyncio.sleep(0)
+        return await engine.generate(GenerateRequest(f"{index}", np.array([1, index], np.int32), SamplingParams(6), key=index))
+
+    await asyncio.gather(*(later(index) for index in range(12)))
+    assert engine.stats()["decode_steps"] == 6
+    await engine.close()
+
+
 async def test_prefill_in_pieces_up_to_the_context_limit(
     engine_of: Callable[..., Engine], model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

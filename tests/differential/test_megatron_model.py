@@ -361,6 +361,8 @@ def spoil(path: Path, how: str) -> None:
         weights[norm] = torch.zeros(9)
     elif how == "quantised":
         weights[norm] = torch.zeros(8, dtype=torch.int8)
+    elif how == "nan":
+        weights[norm][3] = torch.nan
     elif how == "tied twice":
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, file)
@@ -377,6 +379,7 @@ def spoil(path: Path, how: str) -> None:
         ("unknown", "holds 1 weights that .* have no place for, the first is 'model.layers.1.self_attn.q_proj.bias'"),
         ("shape", r"'model.layers.1.self_attn.q_norm.weight' is \[9\], by config.json it is \[8\]"),
         ("quantised", "'model.layers.1.self_attn.q_norm.weight' is I8; quantised"),
+        ("nan", "1 of 8 numbers in 'model.layers.1.self_attn.q_norm.weight' are NaN or infinite"),
         ("tied twice", "^$"),
     ],
 )

@@ -20,7 +20,17 @@ from fixtures.training import MODELS, ragged_batch, weights, write_model
 from miles_core.batch import Batch
 from miles_core.errors import DataError, RunError, StepRefused
 
-CASES = [pytest.param(t, m, id=f"{t}-{m}") for m in ("dense", "moe") for t in TRAINERS if fits(t, m)]
+
+def cases(*fast: str) -> list[Any]:
+    """Every trainer with every model. Torch over ranks is slow but with the ``fast`` ones: tests/unit/train/test_torch_ranks.py shows the
+    rest of it beside one process."""
+    return [pytest.param(t, m, id=f"{t}-{m}", marks=marks(t, m in fast)) for m in ("dense", "moe") for t in TRAINERS if fits(t, m)]
+
+
+def marks(trainer: str, fast: bool = False) -> Any:
+    return pytest.mark.slow if trainer == "torch-ranks2" and not fast else ()
+
+
 SGD: dict[str, Any] = {"lr": 1e9, "eps": 1e7, "max_grad_norm": float("inf")}
 RATE = SGD["lr"] / SGD["eps"]
 MOE = {"layers": 2, "experts": 4, "k": 2}
@@ -50,7 +60,7 @@ def batch_of(model: str, *, replay: bool, steps: int = 1) -> Batch:
     return routed_batch(**MOE, steps=steps) if replay else ragged_batch(steps=steps)
 
 
-@pytest.mark.parametrize("trainer, model", CASES)
+@pytest.mark.parametrize("trainer, model", cases("dense", "moe"))
 async def test_log_probabilities_gradients_and_one_step(models: dict[str, Path], make: Any, trainer: str, model: str):
     """With the recorded experts replayed where there are any: strict, and with the router's own on the other rows."""
     replay = model == "moe"
@@ -74,7 +84,7 @@ async def test_log_probabilities_gradients_and_one_step(models: dict[str, Path],
         assert float((after[name] - (before[name] - RATE * gradient)).norm()) <= 1e-5 * float((RATE * gradient).norm())
 
 
-@pytest.mark.parametrize("trainer, model", CASES)
+@pytest.mark.parametrize("trainer, model", cases())
 async def test_three_steps_of_adamw(models: dict[str, Path], make: Any, trainer: str, model: str):
     import torch
 
@@ -95,7 +105,7 @@ async def test_three_steps_of_adamw(models: dict[str, Path], make: Any, trainer:
         assert norm > 0.5  # clipping took part
 
 
-@pytest.mark.parametrize("trainer, model", CASES)
+@pytest.mark.parametrize("trainer, model", cases("moe"))
 async def test_weights_come_out_as_they_went_in(models: dict[str, Path], make: Any, tmp_path: Path, trainer: str, model: str):
     """Hugging Face → trainer → Hugging Face, to the bit: as named tensors and as a directory, which transformers reads whole."""
     from safetensors.torch import load_file
@@ -114,7 +124,7 @@ async def test_weights_come_out_as_they_went_in(models: dict[str, Path], make: A
     assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (models[model] / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("trainer, model", CASES)
+@pytest.mark.parametrize("trainer, model", cases("dense"))
 async def test_resume_is_exact(make: Any, tmp_path: Path, trainer: str, model: str):
     replay = model == "moe"
     ours = await make(trainer, model, lr=1e-2, warmup_steps=2)
@@ -133,7 +143,7 @@ async def test_resume_is_exact(make: Any, tmp_path: Path, trainer: str, model: s
     assert report.metrics["loss"] == expected.metrics["loss"] and report.metrics["lr"] == expected.metrics["lr"]
 
 
-@pytest.mark.parametrize("trainer", [t for t in TRAINERS if fits(t, "dense")])
+@pytest.mark.parametrize("trainer", [pytest.param(t, marks=marks(t)) for t in TRAINERS if fits(t, "dense")])
 async def test_a_step_that_is_not_finite_is_refused_everywhere(make: Any, trainer: str):
     ours = await make(trainer, "dense")
     batch = ragged_batch()
@@ -148,7 +158,7 @@ async def test_a_step_that_is_not_finite_is_refused_everywhere(make: Any, traine
     await ours.step(batch)  # it goes on
 
 
-REPLAYING = [t for t in TRAINERS if t not in ("torch-packed", "megatron")]
+REPLAYING = [pytest.param(t, marks=marks(t)) for t in TRAINERS if t not in ("torch-packed", "megatron")]
 
 
 @pytest.mark.parametrize("trainer", REPLAYING)

@@ -11,7 +11,8 @@ import yaml
 
 from miles_core.config import resolve
 from miles_core.models import materialize
-from miles_core.plugins import config_class, find_all
+from miles_core.plugin_finding import find_all
+from miles_core.plugins import config_class
 
 TINY = """
 extends: {recipe}

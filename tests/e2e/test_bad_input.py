@@ -160,3 +160,32 @@ def test_a_full_disk_is_a_sentence_and_the_last_cut_stays(miles, monkeypatch):
     assert "disk" in said.sentence and "full" in said.sentence and "miles resume runs/mini" in said.sentence
     monkeypatch.setattr(cut, "commit", commit)
     assert miles("resume", "runs/mini").code == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return bytes(1 << 62)", "the memory of this machine ran out"),
+        ("import torch; torch.empty(1 << 52)", "the memory of this machine ran out"),
+        ("import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", "the memory of the GPU ran out"),
+    ],
+)
+def test_memory_that_runs_out_is_a_sentence(miles, body, expected):
+    """Whatever the library calls it. What was learned until then is saved."""
+    Path("my_hook.py").write_text(f"class Greedy:\n    def after_step(self, loop):\n        if loop.version < 4: return\n        {body}\n")
+    said = miles("run", "mini.yaml", "hooks.greedy.use=my_hook:Greedy")
+    assert said.code == 1 and "Traceback" not in said.err
+    assert expected in said.sentence and "micro_batch_tokens" in said.sentence and "miles resume runs/mini" in said.sentence
+
+
+def test_an_engine_that_has_no_memory_left_says_what_needs_less(miles):
+    """It fails its calls, which are issued again; the last failure ends the run."""
+    Path("my_hook.py").write_text(
+        "import torch\n\n\ndef step(inbox):\n    raise torch.OutOfMemoryError('CUDA out of memory.')\n\n\n"
+        "class Greedy:\n    def after_step(self, loop):\n"
+        "        if loop.version == 4:\n            loop.players.engines['policy']._scheduler.step = step\n"
+    )
+    said = miles("run", "mini.yaml", "hooks.greedy.use=my_hook:Greedy")
+    assert said.code == 1 and "Traceback" not in said.err
+    assert "the local engine failed: OutOfMemoryError" in said.sentence and "engine.max_batch" in said.sentence
+    assert "miles resume runs/mini" in said.sentence

@@ -26,12 +26,12 @@ def own_run(finished_run, tmp_path) -> Path:
 def test_the_list_names_what_can_be_shown_in_full(miles, finished_run):
     said = miles("inspect", str(finished_run), "--step", "4..5", "--json")
     listed = [json.loads(line) for line in said.out.splitlines()]
-    assert said.code == 0 and {(f["step"], f["source"]) for f in listed} == {(4, "(train)"), (5, "(train)"), (5, "held_out")}
+    assert said.code == 0 and {(f["step"], f["source"]) for f in listed} == {(4, "(train)"), (5, "(train)"), (5, "rl.held_out")}
     [wanted] = [f for f in listed if f["address"] == "5:3"]
     sample = load_samples(finished_run / "trajectories" / "step-000005.safetensors")[3]
     assert wanted["group"] == sample.id.group and wanted["reward"] == sample.reward and wanted["oldest"] == wanted["newest"] == 4
     printed = miles("inspect", str(finished_run), "--limit", "3")
-    assert "the last 3 of 40 trajectories" in printed.out and "held_out@5:7" in printed.out and "held_out@5:4" not in printed.out
+    assert "the last 3 of 40 trajectories" in printed.out and "rl.held_out@5:7" in printed.out and "rl.held_out@5:4" not in printed.out
 
     whole = json.loads(miles("inspect", str(finished_run), "5:3", "--json").out)
     assert whole["tokens"] == sample.tokens.tolist() and "".join(whole["texts"]).startswith(sample.prompt)
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_named_and_the_others_are_shown(miles, own_run):
         (("5:99",), "no trajectory 5:99: those of step 5 are 5:0 to 5:7"),
         (("5",), "expected STEP:NUMBER"),
         (("5:0", "--by", "logprob"), "Did you mean 'logprobs'?"),
-        (("held_out@5:0", "--by", "ratio"), "has no ratio: it has no old_logprobs"),
+        (("rl.held_out@5:0", "--by", "ratio"), "has no ratio: it has no old_logprobs"),
         (("--html", "no/page.html"), "the page cannot be written"),
         (("--html", "."), ". is a directory; --html names the page's file, such as page.html"),
         (("5:0", "--step", "5"), "'5:0' names one trajectory; --step is for lists"),

@@ -206,7 +206,7 @@ def test_decorated_hooks_of_a_script_are_found_again(tmp_path, monkeypatch, mile
     replaced = ("steps=60", 'steps=4, trackers={}, every={"checkpoint": 2}, hooks={"w": {"use": "Watch"}}')
     path = script(tmp_path, replaced, ("@miles.rollout", hook))
     runpy.run_path(str(path), run_name="__main__")
-    from miles_core.plugins import _DECORATED
+    from miles_core.plugin_finding import _DECORATED
 
     del _DECORATED["hook", "Watch"]  # as in another process
     monkeypatch.delitem(sys.modules, "alphabet_loop", raising=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miles_core.plugins import _DECORATED
+from miles_core.plugin_finding import _DECORATED
 from miles_core.sample import Sample
 from miles_core.sample_io import load_samples
 
@@ -49,7 +49,7 @@ def play(tmp_path, monkeypatch, capsys):
     """``play(name)``: run a shortened script in this process (imports cost seconds), in a directory of its own; gives what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", sys.path.copy())
-    monkeypatch.setattr("miles_core.plugins._DECORATED", _DECORATED.copy())
+    monkeypatch.setattr("miles_core.plugin_finding._DECORATED", _DECORATED.copy())
 
     def call(name: str) -> str:
         path = shortened(name, tmp_path)
@@ -142,7 +142,7 @@ def test_your_loss(play):
 def test_your_dataset(play):
     play("5_your_dataset.py")
     asked = {s.prompt for step in (3, 4) for s in trained(Path("runs/my_dataset"), step)}
-    held_out = {s.prompt for s in load_samples("runs/my_dataset/trajectories/eval-held_out-000004.safetensors")}
+    held_out = {s.prompt for s in load_samples("runs/my_dataset/trajectories/eval-rl.held_out-000004.safetensors")}
     assert len(held_out) == 8 and not asked & held_out
     assert all(re.fullmatch(r"\d\d \+ \d\d \+ \d\d \?", prompt) for prompt in asked | held_out)
 
@@ -183,7 +183,7 @@ def test_the_readme_leads_to_a_reward_of_your_own(miles):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "concepts", "troubleshooting", "architecture"))]
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "concepts", "troubleshooting", "architecture", "plug-points"))]
 )
 def test_links_lead_somewhere(page):
     """Files are there, and so are the headings that a link names."""

@@ -23,7 +23,8 @@ from miles_core.batch import Batch
 from miles_core.config import StageConfig
 from miles_core.learner import Learner
 from miles_core.plan import balanced_shards, micro_batches, units_of
-from miles_core.plugins import LossConfig, config_class, find_all
+from miles_core.plugin_finding import find_all
+from miles_core.plugins import LossConfig, config_class
 from miles_core.protocols import BuildContext, LossInputs
 from miles_core.randomness import generator, key, uniform
 from miles_core.refs import SampleRef

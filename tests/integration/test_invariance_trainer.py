@@ -1,4 +1,5 @@
-"""The same through the torch trainer: padded or packed, in micro-batches of any size, every loss and aggregation gives one gradient.
+"""The same through the torch trainer: padded or packed, in micro-batches of any size, on one rank or three, one gradient for every loss and
+aggregation.
 
 All losses of a kind are terms of one step, in float64; what is compared is the gradient of the model's weights, to 1e-10.
 """
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fixtures.forked import run_forked
 from fixtures.losses import built, config, pack
-from fixtures.training import MODELS, gradient, ragged_sample, write_model, write_scalar_model
+from fixtures.training import MODELS, gradient, norms_in_full_precision, ragged_sample, write_model, write_scalar_model
 
 from miles_core.batch import Batch
-from miles_core.plugins import find_all
+from miles_core.plugin_finding import find_all
 from miles_core.protocols import LossInputs, LossOutputs, LossTerm
 
 pytest.importorskip("torch")
@@ -70,22 +72,82 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"language": language, "scalar": write_scalar_model(tmp_path_factory.mktemp("scalar"), language)}
 
 
+def aggregation_of(use: str) -> Any:
+    return built("aggregation", use, **({"length": 7} if use == "constant" else {}))
+
+
+def on_a_rank(rank: int, size: int, paths: dict[str, Path]) -> dict[tuple[str, str, bool], Any]:
+    """The gradient of every kind of losses and aggregation, as one vector, with weights gathered once for all passes; for one aggregation
+    also with weights gathered layer by layer. There are three ranks, so that no tensor divides evenly."""
+    import torch
+
+    from miles_core.plan import unit_of_all, units_of
+    from miles_train.megatron.layout import Layout
+    from miles_train.ranks.sharding import Cut
+    from miles_train.torch_trainer.causal_lm import CausalLM
+    from miles_train.torch_trainer.parts import whole
+    from miles_train.torch_trainer.passes import Passes
+    from miles_train.torch_trainer.scalar_model import ScalarModel
+    from miles_train.torch_trainer.sharded import Sharded
+
+    found = {}
+    cpu = torch.device("cpu")
+    for head, model_class in (("language", CausalLM), ("scalar", ScalarModel)):
+        for gathers_once in (True, False):
+            model = model_class(paths[head], torch.float32, cpu, "auto")
+            model.hf.to(torch.float64)
+            with norms_in_full_precision(model.hf):
+                sharded = Sharded(model, torch.float64, cpu, gathers_once)
+                for kind in (k for k, (of, _) in KINDS.items() if of == head):
+                    losses, batch = terms(kind), paired_batch().load(model.reads)
+                    cut = Cut.whole(batch, Layout(data=size), units_of(batch, unit_of_all(loss.unit for loss in losses.values())))
+                    (micro,) = list(cut.for_ranks(model.reads, tuple(batch.columns)))[rank][0]
+                    for aggregation in of_ours("aggregation") if gathers_once else ["token_mean"]:
+                        model.hf.zero_grad()
+                        Passes(model, losses, aggregation_of(aggregation), 60, sharded).gradients(micro.batch, once=False, real=micro.real)
+                        named = sorted(model.hf.named_parameters())
+                        found[kind, aggregation, gathers_once] = torch.cat(
+                            [whole(p.grad).flatten() for _, p in named if p.grad is not None]
+                        ).numpy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def over_ranks(models: dict[str, Path]) -> dict[tuple[str, str, bool], Any]:
+    """``on_a_rank``, of which all ranks know the whole."""
+    return run_forked(on_a_rank, 3, models)[0]
+
+
 @pytest.mark.parametrize("aggregation", of_ours("aggregation"))
 @pytest.mark.parametrize("kind", KINDS)
 async def test_layouts_and_micro_batches(models: dict[str, Path], tmp_path: Path, kind: str, aggregation: str) -> None:
     head, losses, batch = KINDS[kind][0], terms(kind), paired_batch()
     assert len(losses) >= 2
-    options = {"length": 7} if aggregation == "constant" else {}
     step: dict[str, Any] = {
         "role": "policy" if head == "language" else "critic",
         "losses": losses,
-        "aggregation": built("aggregation", aggregation, **options),
+        "aggregation": aggregation_of(aggregation),
     }
     whole = await gradient(models[head], tmp_path / "whole", batch, "float64", layout="padded", micro_batch_tokens=10_000, **step)
     assert float(whole.norm()) > 1e-2
     for layout, tokens in (("padded", 1), ("packed", 60), ("packed", 10_000), ("shared", 60)):
         part = await gradient(models[head], tmp_path / layout, batch, "float64", layout=layout, micro_batch_tokens=tokens, **step)
         assert float((part - whole).norm()) <= 1e-10 * float(whole.norm()), (layout, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", of_ours("aggregation"))
+@pytest.mark.parametrize("kind", KINDS)
+async def test_ranks(
+    models: dict[str, Path], over_ranks: dict[tuple[str, str, bool], Any], tmp_path: Path, kind: str, aggregation: str
+) -> None:
+    head = KINDS[kind][0]
+    role = "policy" if head == "language" else "critic"
+    step: dict[str, Any] = {"role": role, "losses": terms(kind), "aggregation": aggregation_of(aggregation)}
+    whole = await gradient(models[head], tmp_path / "whole", paired_batch(), "float64", **step)
+    for gathers_once in (True, False) if aggregation == "token_mean" else (True,):
+        part = over_ranks[kind, aggregation, gathers_once]
+        assert np.linalg.norm(part - whole.numpy()) <= 1e-10 * float(whole.norm()), gathers_once
 
 
 async def test_what_says_it_is_proportional_to_the_advantage_may_be_skipped(models: dict[str, Path], tmp_path: Path) -> None:

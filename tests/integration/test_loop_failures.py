@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from miles_core.config import StageConfig
 from miles_core.cursor import Cursor
 from miles_core.errors import RunError, StepRefused
 from miles_core.hooks import MOMENTS, Hooks
+from miles_core.inspection.facts import sample_at, trajectory_files
 from miles_core.learner import Learner
 from miles_core.loop import Loop
 from miles_core.observer import Observer
@@ -306,3 +308,57 @@ async def test_an_evaluation_that_a_failure_took_is_made_by_the_next_life(tmp_pa
     rows = [json.loads(line) for line in loop.run_dir.metrics.read_text().splitlines()]
     assert [row["stage_step"] for row in rows if "eval/e/avg@1" in row] == [0, 2, 4, 5]
     assert not cut.newest(tmp_path / "checkpoints", "toy")[1].owes_evaluation
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+async def test_a_batch_of_which_nothing_is_trained_is_dropped_and_replaced(tmp_path, max_staleness):
+    """A trainer would refuse it, and again after every resume. The next groups are trained in its place, and it is counted."""
+    loop = life(tmp_path, Failures(), max_staleness=max_staleness)
+    empty = {f"e0-{number}" for number in range(GROUPS, 2 * GROUPS)}
+    loop.learners[0].filters = {"none": lambda sample: "of no use" if sample.id.group in empty else None}
+    await loop.run()
+    read = [group for step in next(iter(loop.trainers.values())).read for group in step]
+    counts = loop.buffer.counts
+    assert len(read) == len(set(read)) == STEPS * GROUPS and not empty & set(read)
+    assert counts.taken == STEPS * GROUPS and counts.dropped == GROUPS and counts.started == (STEPS + 1) * GROUPS
+    assert counts.reasons == {"no token of the whole batch is trained": GROUPS}
+
+
+async def test_a_policy_with_nothing_to_train_waits_while_another_learns(tmp_path):
+    loop = life(tmp_path, Failures(), policies=("one", "other"))
+    empty = {f"e0-{number}" for number in range(GROUPS, 2 * GROUPS)}
+    loop.learners[1].filters = {"none": lambda sample: "of no use" if sample.id.group in empty else None}
+    await loop.run()
+    assert len(loop.trainers["one"].read) == STEPS and len(loop.trainers["other"].read) == STEPS - 1
+    assert not empty & {group for step in loop.trainers["other"].read for group in step} and loop.buffer.counts.dropped == 0
+    rows = [json.loads(line) for line in loop.run_dir.metrics.read_text().splitlines()]
+    assert [row["other/optimizer_steps"] for row in rows if row["stage_step"] and "seconds" in row] == [1, 0, 1, 1, 1]
+    assert rows[2]["other/filtered/none"] == 1
+
+
+async def test_a_run_in_which_nothing_is_ever_trained_ends(tmp_path):
+    loop, notes = life(tmp_path, Failures()), []
+    loop.observer.note = notes.append
+    loop.learners[0].filters = {"none": lambda sample: "of no use"}
+    with pytest.raises(RunError, match=r"groups were dropped \(no token of the whole batch is trained: \d+\)\. Relax the filter"):
+        await loop.run()
+    assert not next(iter(loop.trainers.values())).read
+    assert notes[0].startswith(f"Step 1: filters, corrections or the rollout leave no token of its {GROUPS} groups to train on")
+
+
+async def test_evaluations_of_two_stages_after_the_same_step_are_two_files(tmp_path):
+    """The last one of a stage and the first one of the next are both of the step between them."""
+    for name, first in (("one", 0), ("two", STEPS)):
+        loop = life(tmp_path, Failures())
+        loop.run_dir.trajectories.mkdir(exist_ok=True)
+        loop.name, loop.first_step, loop.buffer.first_version = name, first, first
+
+        async def evaluate(players, name=name):
+            return Evaluation({"avg@1": 0.0}, [answer(SampleId(name, "policy", "p", "g", 0), [5], [10])])
+
+        loop.evaluators = {"held-out": SimpleNamespace(evaluate=evaluate)}
+        await loop.run()
+    listed = {(f.step, f.source) for f in trajectory_files(RunDir(tmp_path))}
+    assert {(5, "one.held-out"), (5, "two.held-out"), (10, "two.held-out")} <= listed
+    for stage in ("one", "two"):
+        assert sample_at(RunDir(tmp_path), f"{stage}.held-out@5:0")[1].id.run == stage

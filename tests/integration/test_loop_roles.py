@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ class TableEngine:
 
     async def start(self):
         pass
+
+    @asynccontextmanager
+    async def syncing(self):
+        yield
 
     async def load_weights(self, directory, version):
         raise AssertionError("this transport brings tensors")

@@ -6,7 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from miles_core.plugins import POINTS, config_class, find_all
+from miles_core.plugin_finding import find_all
+from miles_core.plugins import POINTS, config_class
 
 DOCS = Path(__file__).parents[2] / "docs"
 

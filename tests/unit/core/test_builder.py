@@ -39,6 +39,29 @@ def builder():
     return SampleBuilder(sample_id(), Letters())
 
 
+def test_a_text_that_comes_again_is_tokenised_once():
+    """A group's prompt; by each tokenizer, and with and without special tokens, for itself."""
+
+    class Counting(Letters):
+        __hash__ = None  # as of a dataclass: no key of a table
+        calls = 0
+
+        def __eq__(self, other):
+            return True
+
+        def encode(self, text, *, add_special_tokens=True):
+            self.calls += 1
+            return [self.eos_token_id] * (self.calls > 2) + super().encode(text, add_special_tokens=add_special_tokens)
+
+    one, other = Counting(), Counting()
+    for tokenizer in (one, one, other):
+        started = SampleBuilder(sample_id(), tokenizer)
+        started.inject("ab", role="user")
+        started.inject("ab", role="user")
+        assert started.tokens.tolist() == [BOS, ord("a"), ord("b"), ord("a"), ord("b")]
+    assert (one.calls, other.calls) == (2, 2)
+
+
 def test_a_conversation_with_a_tool(builder):
     builder.inject("Q?", role="user")
     builder.append(said("ab", version=3), SamplingParams(8, temperature=0.5))

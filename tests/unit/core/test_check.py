@@ -74,7 +74,7 @@ GOOD = {
     "rewards": {"r": HERE + "reward"},
     "models": {
         "policy": {
-            "path": "somewhere",
+            "path": "owner/model",
             "trainer": HERE + "trainer",
             "transport": HERE + "wire",
             "engine": HERE + "engine",
@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_said_with_what_to_do(changes, expected):
 PPO = {"use": "ppo_clip"}
 TIS = {"tis": {"use": "tis"}}
 PAIRS = {"losses": {"d": {"use": "dpo"}}, "advantage": "preference", "aggregation": "sequence_mean"}
-JUDGE = {"role": "reward", "path": "somewhere", "trainer": HERE + "trainer", "transport": HERE + "wire"}
+JUDGE = {"role": "reward", "path": "owner/model", "trainer": HERE + "trainer", "transport": HERE + "wire"}
 VALUE_CRITIC = CRITIC | {"losses": {"v": {"use": "value_clip"}}}
 
 
@@ -294,12 +294,16 @@ def test_megatrons_layout_must_divide_a_model_that_is_built_from_scratch():
 def test_megatrons_layout_must_divide_the_model_at_a_path(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     changes = {"models.policy.path": str(tmp_path)}
-    uneven, heads = problems(changes | THIRDS)
+
+    def of_the_layout(changes):
+        return [said for said in problems(changes) if "has no model" not in said]  # weights there are none
+
+    uneven, heads = of_the_layout(changes | THIRDS)
     assert uneven == f"stage main: model policy: trainer 'megatron': {UNEVEN}"
     assert "3 tensor-parallel ranks cannot share 2 key/value heads" in heads
-    assert problems(changes | {"models.policy.trainer": megatron(parallel={"tensor": 2})}) == []
+    assert of_the_layout(changes | {"models.policy.trainer": megatron(parallel={"tensor": 2})}) == []
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    (said,) = problems(changes | {"models.policy.trainer": megatron()})
+    (said,) = of_the_layout(changes | {"models.policy.trainer": megatron()})
     assert "LlamaForCausalLM" in said and "known are" in said
 
 
@@ -383,3 +387,15 @@ def test_check_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_model_that_is_not_here_is_lacking_and_one_that_is_spoiled_is_a_problem(tmp_path):
+    """A recipe may be checked on another machine than it runs on; what lies here must be whole."""
+    nowhere = {"models.policy.path": str(tmp_path / "nowhere")}
+    assert problems(nowhere) == []
+    assert missing(RunConfig.model_validate(recipe(nowhere))) == [
+        f"model path '{tmp_path}/nowhere' is neither a directory nor a hub id of the form owner/name"
+    ]
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    (said,) = problems({"models.policy.path": str(tmp_path)})
+    assert said.startswith(f"stage main: model policy: {tmp_path} has no model.safetensors")

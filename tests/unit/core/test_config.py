@@ -290,6 +290,22 @@ def test_what_was_resolved_reads_back_as_the_same_run(recipe, tmp_path):
     assert read.stages["one"].models["policy"].engine is None
 
 
+def test_a_key_that_only_a_later_miles_has_is_no_other_configuration(recipe, tmp_path, monkeypatch):
+    """What an earlier one wrote lacks it; its cuts are this run's all the same."""
+    config = resolve(recipe(EVERYTHING))
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml())
+
+    class Later(RunConfig):
+        patience: int = 3
+
+    monkeypatch.setattr("miles_core.config.RunConfig", Later)
+    read = Later.from_resolved(written)
+    assert read.patience == 3 and read.fingerprint() == config.fingerprint()
+    written.write_text(written.read_text() + "patience: 4\n")
+    assert Later.from_resolved(written).fingerprint() != config.fingerprint()
+
+
 def test_the_fingerprint_is_of_what_is_computed(recipe):
     path = recipe(EVERYTHING)
     whole = resolve(path).fingerprint()
@@ -336,6 +352,10 @@ def test_config_yaml_holds_the_defaults_too(recipe):
         and stage["deadlines"]["group"] == 900.0
         and stage["models"]["policy"]["trainer"]["max_grad_norm"] == 1.0
     )
+
+
+def test_a_run_may_go_on_on_another_number_of_ranks():
+    assert resolve("quickstart", ["models.policy.trainer.ranks=2"]).fingerprint() == resolve("quickstart").fingerprint()
 
 
 def test_a_run_that_a_gate_stopped_may_go_on_with_a_wider_one():

@@ -223,7 +223,14 @@ def boundaries(monkeypatch, kill_at):
 
         monkeypatch.setattr(module, name, call)
 
-    for module, name in ((cut, "save_samples"), (cut, "_describe"), (json, "dump"), (os, "fsync"), (os, "replace"), (shutil, "rmtree")):
+    for module, name in (
+        (cut, "save_samples"),
+        (cut, "_describe"),
+        (cut, "write_whole"),
+        (os, "fsync"),
+        (os, "replace"),
+        (shutil, "rmtree"),
+    ):
         watched(module, name)
     return done
 
@@ -235,7 +242,7 @@ def test_killed_before_any_of_its_steps_the_cut_before_is_there(tmp_path, monkey
         take_cut(whole, 2)
         done = boundaries(patch, kill_at=-1)
         take_cut(whole, 3, ready=ready_groups(), keep=2)
-    assert {"save_samples", "_describe", "dump", "fsync", "replace", "rmtree"} <= set(done)
+    assert {"save_samples", "_describe", "write_whole", "fsync", "replace", "rmtree"} <= set(done)
 
     outcomes = []
     for kill_at in range(len(done)):
@@ -281,33 +288,37 @@ def test_killed_while_it_replaces_a_cut_of_the_same_step_one_of_them_is_there(tm
 def test_killed_in_the_middle_of_a_file(tmp_path, monkeypatch):
     take_cut(tmp_path, 2)
 
-    def half(manifest, file, **options):
-        file.write(json.dumps(manifest)[:40])
-        file.flush()
-        raise Killed
+    fsync = os.fsync
 
-    dump = json.dumps
+    def half(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("manifest.json.partial"):
+            os.ftruncate(descriptor, 40)
+            raise Killed
+        fsync(descriptor)
+
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dump", half)
+        patch.setattr(os, "fsync", half)
         with pytest.raises(Killed):
             take_cut(tmp_path, 3)
-    assert dump is json.dumps
     assert cut.newest(tmp_path, "abc")[1].step == 2
 
 
 def test_trainers_files_are_in_place_before_the_manifest(tmp_path, monkeypatch):
     """The manifest is the last thing written: whatever it lists was there, with these bytes, before it."""
-    dump = json.dump
+    write, looked = cut.write_whole, []
 
-    def look(manifest, file, **options):
+    def look(path, text):
+        manifest = json.loads(text)
         directory = tmp_path / "step-000001.partial"
         for name, described in manifest["files"].items():
             assert (directory / name).stat().st_size == described["bytes"]
         assert sorted(manifest["files"]) == ["buffer.safetensors", "models/policy/weights.bin"]
-        return dump(manifest, file, **options)
+        looked.append(path.name)
+        write(path, text)
 
-    monkeypatch.setattr(json, "dump", look)
+    monkeypatch.setattr(cut, "write_whole", look)
     take_cut(tmp_path, 1, ready=ready_groups())
+    assert looked == ["manifest.json"]
 
 
 # ---- on the disk itself --------------------------------------------------------------------------------------------------
@@ -395,3 +406,25 @@ def test_another_error_goes_on_as_it_is_and_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="ranks are gone"), cut.begin(tmp_path, 1):
         raise CheckpointError("ranks are gone")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "damaged"), [(errno.EIO, True), (errno.EACCES, False), (errno.EMFILE, False), (errno.ESTALE, False)])
+def test_what_cannot_be_read_just_now_is_not_damaged(tmp_path, monkeypatch, number, damaged):
+    """Going on from the cut before would undo steps; only what the disk lost is passed over."""
+    for step in (1, 2):
+        take_cut(tmp_path, step)
+    digest = cut._digest
+
+    def fails(path):
+        if "step-000002" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return digest(path)
+
+    monkeypatch.setattr(cut, "_digest", fails)
+    if damaged:
+        found, _, passed_over = cut.newest(tmp_path, "abc")
+        assert found.name == "step-000001" and "step-000002 is damaged" in passed_over[0] and "weights.bin cannot be read" in passed_over[0]
+        return
+    for read in (lambda: cut.newest(tmp_path, "abc"), lambda: cut.read(tmp_path / "step-000002")):
+        with pytest.raises(CheckpointError, match=rf"weights\.bin cannot be read: {os.strerror(number)}\. That is no damage: see to it"):
+            read()

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import yaml
 
-from miles_core import plugins
+from miles_core import plugin_finding
 from miles_core.cursor import Cursor
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext
@@ -58,4 +58,4 @@ def test_an_example_is_read_as_it_stands(written: Path, monkeypatch: pytest.Monk
 
 def test_every_source_of_the_page_is_one_that_comes_with_miles() -> None:
     named = re.findall(r"^\| `([^|]*)` \|", PAGE, re.MULTILINE)
-    assert {name.strip("` ") for cell in named for name in cell.split(",")} == set(plugins.find_all("data_source"))
+    assert {name.strip("` ") for cell in named for name in cell.split(",")} == set(plugin_finding.find_all("data_source"))

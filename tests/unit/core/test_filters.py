@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from miles_core.errors import ConfigError, DataError
+from miles_core.errors import DataError
 from miles_core.plugins import config_class
 from miles_core.protocols import BuildContext
 from miles_core.sample import Group, Sample, Status
@@ -148,9 +148,8 @@ def test_overlong_grows_over_the_buffer(tokens, penalty):
 
 
 def test_overlong_refuses_a_buffer_longer_than_the_limit():
-    reward = built("reward", "overlong", max_tokens=10, buffer_tokens=11)
-    with pytest.raises(ConfigError, match="buffer_tokens is 11, more than max_tokens, 10"):
-        reward(answer(sample_id(), [5], [1]))
+    with pytest.raises(ValidationError, match="the buffer is longer than max_tokens, 10; lower it"):
+        built("reward", "overlong", max_tokens=10, buffer_tokens=11)
     assert built("reward", "overlong", max_tokens=10, buffer_tokens=10)(answer(sample_id(), [5], [1])) == -0.1
     with pytest.raises(ValidationError, match="max_tokens"):
         built("reward", "overlong", buffer_tokens=4)

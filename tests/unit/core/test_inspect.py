@@ -20,7 +20,7 @@ from miles_core.errors import ConfigError, DataError
 from miles_core.inspection.facts import files_of_steps, prompt_text, sample_at, trajectory_files
 from miles_core.inspection.groups import grouped
 from miles_core.inspection.selection import Range, Selection
-from miles_core.inspection.terminal import group_listing, listing, one_line, visible
+from miles_core.inspection.terminal import group_listing, listing, one_line, visible, whole
 from miles_core.inspection.tokens import Vocabulary, intensities, quantities, stretches, tokenizer_directory
 from miles_core.run_dir import RunDir
 from miles_core.sample_io import save_samples
@@ -304,3 +304,18 @@ def test_nothing_of_a_model_can_command_a_terminal():
     shown = visible(hostile)
     assert shown == "⟨1b⟩[2J⟨1b⟩]0;owned⟨7⟩ a⟨202e⟩b⟨200b⟩⟨9b⟩1m\n"
     assert one_line("x" * 100, 10) == "x" * 9 + "…" and one_line(" a \n b ") == "a b"
+
+
+@pytest.mark.parametrize(("advantage", "old", "said"), [(0.0, np.nan, True), (0.0, -0.3, False), (0.5, np.nan, False)])
+def test_a_ratio_that_nobody_computed_says_why(run, advantage, old, said):
+    """A step is taken without samples whose advantage is 0, so the trainer never saw their tokens."""
+    columns = {"advantages": np.full(4, advantage, np.float32), "old_logprobs": np.full(4, old, np.float32)}
+    sample = answer(sample_id(), [5, 6], [7, 8], version=1, reward=1.0)
+    sample.columns.update(columns)
+    write(run, "step-000001", [sample])
+    facts, read = sample_at(run, "1:0")
+    console = Console(width=400, record=True, file=StringIO())
+    console.print(whole(facts, read, "ratio", None))
+    text = console.export_text()
+    assert ("its advantage is 0, so the step was taken without it" in text) == said
+    assert ("nothing recorded" in text) == np.isnan(old)

@@ -141,7 +141,7 @@ def test_a_local_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("{}", "holds no config.json"),
+        ("{}", "has no config.json"),
         ("{}/nowhere", "neither a directory nor a hub id"),
         ("owner/no-such-model", "cannot be fetched from the Hugging Face hub"),
         (None, "needs a path"),
@@ -180,7 +180,8 @@ stages:
         % (tmp_path / "student")
     )
     run_dir = RunDir(tmp_path)
-    for made in ("student", "models/second/policy", "models/third/policy"):
+    build(tmp_path / "student")
+    for made in ("models/second/policy", "models/third/policy"):
         (tmp_path / made).mkdir(parents=True)
         (tmp_path / made / "config.json").write_text("{}")
     config = resolve(str(tmp_path / "r.yaml"))

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from miles_core import plugins
+from miles_core import plugin_finding
 from miles_core.errors import PluginError
-from miles_core.plugins import POINTS, PluginConfig, check_protocol, config_class, decorator, did_you_mean, find_all, import_object, plug
+from miles_core.plugin_finding import decorator, did_you_mean, find_all, import_object
+from miles_core.plugins import POINTS, PluginConfig, check_protocol, config_class, plug
 from miles_core.protocols import BuildContext
 
 CONTEXT = BuildContext(run_dir=Path(), run="test", seed=0)
@@ -25,7 +26,7 @@ Install = Callable[..., str]
 def no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules and decorated objects of a test are gone after it."""
     before = set(sys.modules)
-    monkeypatch.setattr(plugins, "_DECORATED", {})
+    monkeypatch.setattr(plugin_finding, "_DECORATED", {})
     yield
     for name in set(sys.modules) - before:
         if name.startswith("acme"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from dataclasses import replace
 
 import pytest
-from fixtures.rewards import END, config, responded, score, scorer
+from fixtures.rewards import CONTEXT, END, Tokenizer, config, responded, score, scorer
 from fixtures.samples import answer, sample_id, tool_turn
 from pydantic import ValidationError
 
@@ -208,3 +209,29 @@ async def test_injected_tokens_cost_nothing():
     [sample] = tool_turn()  # nine tokens, five of them sampled
     sample.reward = None
     assert await score("length", sample, per_token=1, max_tokens=3) == -2.0
+
+
+class Turns(Tokenizer):
+    """A chat model's: it ends a text with 7, or a turn with 8 or 9."""
+
+    def decode(self, token_ids):
+        return "".join({7: END, 5: "Paris", 8: "<|eot|>", 9: "<|eot|><|eom|>"}.get(id, "?") for id in token_ids)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [(f"Paris{END}", 1.0), ("Paris<|eot|>", 1.0), ("Paris<|eot|><|eom|>", 1.0), ("Paris<|eot|><|eot|>", 0.0), ("Paris<|eot|> ", 0.0)],
+)
+def test_whatever_ends_the_text_is_no_part_of_it(tmp_path, response, expected):
+    """The model's files name several such tokens; one of them is taken off."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 7}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
+    context = replace(CONTEXT, tokenizer=Turns(), model_path=tmp_path)
+    assert config("exact_match").build(context)(responded(response, "Paris")) == expected
+
+
+def test_an_id_that_does_not_go_with_the_tokenizer_is_some_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 5}')
+    context = replace(CONTEXT, tokenizer=Turns(), model_path=tmp_path)
+    assert config("exact_match").build(context)(responded(f"Paris{END}", "Paris")) == 1
+    assert config("exact_match").build(context)(responded("Paris", "Paris")) == 1

@@ -59,7 +59,7 @@ class Echo:
     """A world that answers ``<what was said>`` until it hears ``bye``, then gives a point."""
 
     async def reset(self, prompt):
-        return Observation(prompt.text, stop=("stop",), metadata={"seed": prompt.id})
+        return Observation(prompt.text, stop=("hi",), metadata={"seed": prompt.id})
 
     async def step(self, action):
         if "bye" in action:
@@ -71,10 +71,10 @@ class Silent(Echo):
     """A world that gives points on the way, and never ends."""
 
     async def reset(self, prompt):
-        return Observation(prompt.text, reward=0.25)
+        return Observation(prompt.text, reward=0.25, stop=("a", "b", "c"))
 
     async def step(self, action):
-        return Observation("x" * 10, reward=0.5)
+        return Observation("x" * 10, reward=0.5, stop=("a", "b", "c"))
 
 
 def play(engine, *, prompt="Q", environment=None, group_size=1, **options):
@@ -124,7 +124,7 @@ async def test_turns_with_an_environment_until_it_is_done():
     assert sample.metadata == {"level": 1, "seed": "p7", "heard": "bye", "response": "hi<hi>bye"}
     # Each turn sees the whole context, what is left of the budget, and the observation's own stop texts.
     assert [Letters().decode(r.tokens.tolist()) for r in engine.requests] == ["Q", "Qhi<hi>"]
-    assert [(r.sampling.max_tokens, r.sampling.stop) for r in engine.requests] == [(20, ("stop",)), (18, ())]
+    assert [(r.sampling.max_tokens, r.sampling.stop) for r in engine.requests] == [(20, ("hi",)), (18, ())]
     assert len({r.key for r in engine.requests}) == 1 and len({r.session for r in engine.requests}) == 1
     assert len(engine.released) == 1
 
@@ -132,6 +132,15 @@ async def test_turns_with_an_environment_until_it_is_done():
 async def test_the_end_of_text_ends_it_even_if_the_environment_would_go_on():
     [sample] = await play(Script("hi$"), environment=Echo)
     assert (text(sample), sample.status, sample.rewards) == ("Qhi$", Status.COMPLETED, {"environment": 0.0})
+
+
+@pytest.mark.parametrize("stop, turns", [((), 1), (("never",), 1), (("d",), 2)])
+async def test_a_stop_that_nobody_asked_for_is_an_end_of_text(stop, turns):
+    """Models have several ids that end a text; the tokenizer knows one of them."""
+    engine = Script("and", "bye$")
+    [sample] = await play(engine, environment=Echo, sampling={"stop": list(stop)})
+    assert sample.status == Status.COMPLETED and len(engine.requests) == turns
+    assert text(sample) == ("Qand" if turns == 1 else "Qand<and>bye$")
 
 
 async def test_rewards_on_the_way_add_up():
@@ -146,7 +155,7 @@ async def test_what_is_truncated_has_a_reward_though_the_environment_gave_none()
 
 async def test_max_tokens_counts_what_is_sampled_over_all_turns():
     engine = Script("abc", "defg", "hijk")
-    [sample] = await play(engine, environment=Echo, max_tokens=7)
+    [sample] = await play(engine, environment=Echo, max_tokens=7, sampling={"stop": ["c", "g"]})
     assert (trained(sample), sample.status) == ("abcdefg", Status.TRUNCATED)
     assert [r.sampling.max_tokens for r in engine.requests] == [7, 4]
 

@@ -198,3 +198,17 @@ def test_a_run_of_another_version_is_refused_with_both_versions(run, facts, said
             RunDir.open(run.path)
     with pytest.raises(ConfigError, match=said):
         run.check_format()
+
+
+def test_files_that_a_run_cannot_do_without_are_on_the_disk_before_they_have_their_names(run, monkeypatch):
+    """A power cut after ``config.yaml`` is there must not leave an empty one."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("replace", os.path.basename(b))), replace(a, b)))
+    run.write_config("name: mini\n")
+    assert done == [("fsync", "config.yaml.partial"), ("replace", "config.yaml"), ("fsync", "mini")]
+    assert run.config.read_text() == "name: mini\n"
+    done.clear()
+    RunDir.create(run.path.parent, "other")
+    assert done == [("fsync", "run.json.partial"), ("replace", "run.json"), ("fsync", "other")]

@@ -7,13 +7,14 @@ import functools
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fixtures.samples import answer, sample_id
 from pydantic import ValidationError
 
-from miles_core import scoring
+from miles_core import calls, scoring
 from miles_core.errors import DataError, InfrastructureFailure, PluginError, RunError
 from miles_core.loop import rollout_metrics
 from miles_core.plugins import RewardConfig
@@ -261,6 +262,12 @@ async def test_an_exception_names_reward_sample_and_cause(unit, subject, is_asyn
     assert isinstance(found.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("unit", ["sample", "group"])
+async def test_a_reward_that_would_end_the_process_has_failed(unit):
+    with pytest.raises(RunError, match=r"^reward 'mine' of sample policy/g0/t0.* failed: .*SystemExit"):
+        await scorer(mine=reward(lambda argument: sys.exit("no"), unit=unit)).score_group(group(1))
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 async def test_a_reward_that_takes_too_long_is_given_up(is_async):
     release = threading.Event()
@@ -336,30 +343,40 @@ async def test_plain_functions_run_in_so_many_threads_and_no_more(monkeypatch):
     assert most == 3
 
 
-async def test_waiting_for_a_thread_does_not_count_against_the_deadline(monkeypatch):
-    """Many that are quick one by one, and together longer than one may take; the clock is the test's."""
+async def test_a_deadline_begins_with_its_own_call(monkeypatch):
+    """Three calls of 4 s in one thread, 5 s each may take; the clock is the test's."""
     monkeypatch.setattr(scoring, "THREADS", 1)
-    spent = []
-    in_time = scoring.deadline
+    now, looked_at, main = [0.0], threading.Event(), threading.current_thread()
 
-    async def deadline(awaitable, seconds, *said):
-        spent.append(seconds)
-        return await in_time(awaitable, 5, *said)
-
-    monkeypatch.setattr(scoring, "deadline", deadline)
-    first_started, release = threading.Event(), threading.Event()
+    def monotonic():
+        if threading.current_thread() is main:
+            looked_at.set()
+        return now[0]
 
     def mine(sample):
-        first_started.set()
-        release.wait(10)
+        now[0] += 4.0
+        if now[0] > 4:  # 8 s have passed since all of them began to wait
+            looked_at.wait(10)
         return 1.0
 
-    task = asyncio.create_task(scorer(mine=reward(mine)).score_group(group(1, 1, 1)))
-    await asyncio.to_thread(first_started.wait, 10)
-    assert len(spent) == 1  # two wait for the thread, and no clock runs for them
-    release.set()
-    await task
-    assert len(spent) == 3
+    monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=monotonic))
+    samples = group(1, 1, 1)
+    await scorer(mine=reward(mine, timeout_s=5.0)).score_group(samples)
+    assert [s.reward for s in samples] == [1.0] * 3
+    assert looked_at.is_set()
+
+
+async def test_quick_functions_share_a_thread(monkeypatch):
+    monkeypatch.setattr(calls, "QUICK", 60.0)
+    threads = set()
+
+    def mine(sample):
+        threads.add(threading.current_thread())
+        return 1.0
+
+    await scorer(mine=reward(mine)).score_group(group(*[1] * 16))
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
 
 
 async def test_the_event_loop_is_free_while_a_plain_function_runs():

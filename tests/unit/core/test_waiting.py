@@ -118,7 +118,9 @@ async def test_a_function_runs_beside_the_event_loop():
     assert await in_daemon_thread(there.wait, 5) is True
 
 
-@pytest.mark.parametrize(("error", "expected"), [(ZeroDivisionError, ZeroDivisionError), (StopIteration, RuntimeError)])
+@pytest.mark.parametrize(
+    ("error", "expected"), [(ZeroDivisionError, ZeroDivisionError), (StopIteration, RuntimeError), (SystemExit, RuntimeError)]
+)
 async def test_what_it_raises_comes_back(error, expected):
     def raises():
         raise error("mine")

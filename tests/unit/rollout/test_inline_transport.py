@@ -1,6 +1,7 @@
 """Weights by the inline transport: they arrive, and what did not arrive is found."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -27,6 +28,13 @@ class Sink(Source):
 
     def __init__(self, spoil: Any = lambda weights: None) -> None:
         self.weights, self.version, self.spoil = {}, 0, spoil
+        self.state = "serving"
+
+    @asynccontextmanager
+    async def syncing(self) -> AsyncIterator[None]:
+        self.state = "failed"
+        yield
+        self.state = "serving"
 
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.weights = {name: tensor.clone() for name, tensor in weights}
@@ -58,7 +66,8 @@ async def test_every_sink_gets_the_weights(tiny: Any):
 )
 async def test_a_sink_that_holds_something_else_is_named(spoil: Any, message: str, tiny: Any):
     with pytest.raises(RunError, match=message):
-        await transport(tiny).publish(Source(), [Sink(), Sink(spoil)], 4)
+        await transport(tiny).publish(Source(), sinks := [Sink(), Sink(spoil)], 4)
+    assert [sink.state for sink in sinks] == ["failed", "failed"]
 
 
 async def test_to_a_local_engine(tiny: Any):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures.fake_sglang import DROP, SILENCE, FakeServer
+from fixtures.fake_sglang import DROP, SILENCE, FakeServer, serving
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,15 +49,33 @@ class Sink:
     def __init__(self, by_value: float = 1.0, from_disk: float = 1.0) -> None:
         self.weights: dict[str, Tensor] = {}
         self.version, self.by_value, self.from_disk, self.loads = 0, by_value, from_disk, 0
+        self.state = "serving"
+        self.done: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def syncing(self) -> AsyncIterator[None]:
+        self.state = "syncing"
+        try:
+            yield
+        except RunError:
+            self.state = "failed"
+            raise
+        self.state = "serving"
 
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.done.append(self.state)
         self.weights, self.version = {name: tensor * self.by_value for name, tensor in weights}, version
+
+    async def broadcast_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        await self.update_weights(weights, version)
 
     async def load_weights(self, directory: Path, version: int) -> None:
         self.loads += 1
+        self.done.append(self.state)
         self.weights, self.version = {name: tensor * self.from_disk for name, tensor in read_weights(directory)}, version
 
     async def checksum(self) -> str:
+        self.done.append(self.state)
         return checksum(sorted(self.weights.items()))
 
 
@@ -72,7 +90,7 @@ def transport(use: str, tiny: Any, tmp_path: Path, **options: Any) -> Any:
     return config_class("weight_transport", use).model_validate({"use": use, **options}).build(tiny.context(run_dir=tmp_path))
 
 
-@pytest.mark.parametrize("use", ["tensor", "disk"])
+@pytest.mark.parametrize("use", ["tensor", "collective", "disk"])
 async def test_every_sink_gets_the_weights(use: str, tiny: Any, tmp_path: Path):
     source, sinks = Source(), [Sink(), Sink(), OtherSink()]
     metrics = await transport(use, tiny, tmp_path).publish(source, sinks, 4)
@@ -80,20 +98,23 @@ async def test_every_sink_gets_the_weights(use: str, tiny: Any, tmp_path: Path):
         assert sink.version == 4 and all(torch.equal(sink.weights[n], t) for n, t in source.weights.items())
     assert metrics["bytes"] >= 3 * (6 * 4 + 4 * 2) and metrics["seconds"] > 0 and metrics["verified"] == 1
     assert source.exported and not source.exported[0].exists()  # nothing is left behind
+    assert all(sink.state == "serving" and set(sink.done) == {"syncing"} for sink in sinks)  # not before everything was compared
 
 
-@pytest.mark.parametrize("use, spoil", [("tensor", {"by_value": 2.0}), ("disk", {"from_disk": 2.0})])
+@pytest.mark.parametrize("use, spoil", [("tensor", {"by_value": 2.0}), ("collective", {"by_value": 2.0}), ("disk", {"from_disk": 2.0})])
 async def test_engines_of_one_kind_that_differ_are_named(use: str, spoil: Any, tiny: Any, tmp_path: Path):
     message = r"engine 2 \(Sink\) does not hold the same weights as engine 0 after version 4.*must not be used"
     with pytest.raises(RunError, match=message):
-        await transport(use, tiny, tmp_path).publish(Source(), [Sink(), OtherSink(), Sink(**spoil)], 4)
+        await transport(use, tiny, tmp_path).publish(Source(), sinks := [Sink(), OtherSink(), Sink(**spoil)], 4)
+    assert {sink.state for sink in sinks} == {"failed"}
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("spoil", [{"by_value": 2.0}, {"from_disk": 2.0}])
 async def test_by_value_and_from_disk_must_agree(spoil: Any, tiny: Any, tmp_path: Path):
     with pytest.raises(RunError, match=r"engine 0 \(Sink\) held other weights after version 4 .* than after it loaded an export"):
-        await transport("tensor", tiny, tmp_path).publish(Source(), [Sink(**spoil), Sink(**spoil)], 4)
+        await transport("tensor", tiny, tmp_path).publish(Source(), sinks := [Sink(**spoil), Sink(**spoil)], 4)
+    assert {sink.state for sink in sinks} == {"failed"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,23 +163,10 @@ async def test_buckets_hold_every_weight_whole(piece: int, monkeypatch: pytest.M
         found |= unpacked(json.loads(body))
     assert list(found) == list(weights)
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in weights.items())
-    assert [len(bucket.entries) for bucket in packed] == [3, 1, 3]  # one weight is larger than a bucket
+    assert [len(bucket.entries) for bucket in packed] == [3, 1, 2, 1]  # one weight is larger than a bucket, one would begin at an odd byte
 
 
 # ---- the engine over fake servers -------------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def serving(tiny: Any, *fakes: FakeServer, **options: Any) -> AsyncIterator[Any]:
-    """An engine over fakes, started."""
-    async with contextlib.AsyncExitStack() as stack:
-        for fake in fakes:
-            await stack.enter_async_context(fake.running())
-        config = config_class("rollout_engine", "sglang").model_validate({"use": "sglang", "urls": [f.url for f in fakes], **options})
-        engine = config.build(tiny.context())
-        stack.push_async_callback(engine.close)
-        await engine.start()
-        yield engine
 
 
 def request(session: str = "s", tokens: Any = (1, 2, 4), n: int = 4, **sampling: Any) -> GenerateRequest:
@@ -185,6 +193,49 @@ async def test_an_update_by_value(tiny: Any):
             calls = [path for path in fake.paths() if path != "/model_info"]
             order = ["/pause_generation", "/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"]
             assert calls[calls.index(order[0]) :] == [*order, "/update_weight_version", "/continue_generation"]
+
+
+class ModelSource(Source):
+    """A trainer of the tiny model."""
+
+    def __init__(self, tiny: Any) -> None:
+        self.weights, self.path = weights_of(tiny), tiny.path
+
+    async def export(self, directory: Path) -> None:
+        for file in self.path.glob("*"):
+            (directory / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("use", ["tensor", "collective"])
+@pytest.mark.parametrize("fault", [False, True], ids=["sound", "one-bit"])
+async def test_a_server_is_stamped_and_asked_only_when_what_it_holds_was_verified(use: str, fault: bool, tiny: Any, tmp_path: Path):
+    fake = FakeServer()
+
+    def load(body: Any, usual: Any) -> Any:
+        fake.checksum = "c1" if fault else fake.checksum
+        return usual
+
+    async with serving(tiny, fake) as engine:
+        fake.overrides["/update_weights_from_disk"] = load
+        fake.seen.clear()
+        publishing = asyncio.create_task(transport(use, tiny, tmp_path).publish(ModelSource(tiny), [engine], 4))
+        while not fake.paused:
+            await asyncio.sleep(0)
+        asked = asyncio.create_task(engine.generate(request()))
+        if fault:
+            with pytest.raises(RunError, match="held other weights after version 4"):
+                await publishing
+            with pytest.raises(RunError, match=r"serves nothing: version 4 .* did not arrive whole and verified .* held other weights"):
+                await asked
+            assert engine.version == 0 and fake.version == "0" and "/generate" not in fake.paths()
+            assert not fake.paused  # a later update finds it as it was
+        else:
+            await publishing
+            assert set((await asked).versions.tolist()) == {4} and engine.version == 4
+            last = len(fake.seen) - fake.paths()[::-1].index("/weights_checker")
+            assert fake.paths()[last:] == ["/update_weight_version", "/model_info", "/continue_generation", "/generate"]
+        by_value = {path for path in fake.paths() if path.startswith("/update_weights_from")} - {"/update_weights_from_disk"}
+        assert by_value == {"/update_weights_from_tensor" if use == "tensor" else "/update_weights_from_distributed"}
 
 
 async def test_running_requests_are_taken_back_and_go_on(tiny: Any):
@@ -317,13 +368,13 @@ async def test_a_weight_that_does_not_fit_is_named_and_nothing_changed(change: s
 
 
 async def test_a_failure_in_the_middle_leaves_nothing_serving_until_an_update_succeeds(tiny: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("miles_rollout.sglang.updates.buckets", lambda weights: buckets(weights, 1 << 14))
+    monkeypatch.setattr("miles_rollout.sglang.updates.buckets", lambda weights, _: buckets(weights, 1 << 14))
     fakes = FakeServer(), FakeServer()
     async with serving(tiny, *fakes) as engine:
         with pytest.raises(DataError, match="weights are missing"):
             await engine.update_weights(spoilt(tiny, "model.norm.weight", "missing"), 3)
         assert "/update_weights_from_tensor" in fakes[0].paths() and not any(f.open_update or f.paused for f in fakes)
-        with pytest.raises(RunError, match=r"serves nothing: version 3 of its weights did not arrive whole \(1 weights are missing"):
+        with pytest.raises(RunError, match=r"serves nothing: version 3 .* did not arrive whole and verified \(1 weights are missing"):
             await engine.generate(request())
         await engine.update_weights(weights_of(tiny).items(), 4)
         assert (await engine.generate(request())).versions.tolist() == [4] * 4
@@ -456,6 +507,13 @@ async def test_requests_that_do_not_come_back_stop_the_update(tiny: Any):
             lambda b, u: u | {"ranks": [{"checksums": {"model.layers.1.mlp.experts.w2_weight": "x"}}]},
             r"has experts in layers \[1\], where .*config.json declares them in \[\]",
         ),
+        ("/model_info", lambda b, u: u | {"architectures": ["LlamaForCausalLM"]}, r"another model: it is LlamaForCausalLM, .* is Qwen3For"),
+        ("/server_info", lambda b, u: u | {"max_req_input_len": 200}, r"another model: it takes 200 tokens, .* has 128 positions"),
+        (
+            "/weights_checker",
+            lambda b, u: u | {"ranks": [{"checksums": {f"model.layers.{i}.input_layernorm.weight": "x" for i in range(3)}}]},
+            r"another model: it has 3 layers, .* has 2",
+        ),
     ],
 )
 async def test_a_server_that_does_not_fit_is_refused_at_the_start(path: str, answer: Any, message: str, tiny: Any):
@@ -463,6 +521,41 @@ async def test_a_server_that_does_not_fit_is_refused_at_the_start(path: str, ans
     fake.overrides[path] = answer
     with pytest.raises(ConfigError, match=message):
         async with serving(tiny, fake):
+            pass
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_theta": 5e5}, r"rope_parameters is \{.*500000.*\}, .* says \{.*10000.*\}"),
+        ({"hidden_size": 32}, r"hidden_size is 32, .* says 64"),
+        ({"initializer_range": 0.3}, None),
+        ({"model_type": "none"}, r"SGLang server 0 .* cannot be compared with .* cannot be read: .* says model_type 'none'"),
+    ],
+)
+async def test_the_directory_a_server_was_started_from_is_read_where_it_can_be(
+    change: dict[str, Any], message: str | None, tiny: Any, tmp_path: Path
+):
+    fake, config = FakeServer(), json.loads((tiny.path / "config.json").read_text())
+    if theta := change.get("rope_theta"):
+        config["rope_parameters"]["rope_theta"] = theta
+    else:
+        config |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((tiny.path / "model.safetensors").read_bytes())
+    fake.overrides["/server_info"] = lambda body, usual: usual | {"model_path": str(tmp_path)}
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        async with serving(tiny, fake):
+            pass
+
+
+async def test_servers_that_are_cut_otherwise_are_no_one_engine(tiny: Any):
+    fakes = FakeServer(), FakeServer()
+    fakes[1].overrides["/server_info"] = lambda body, usual: usual | {"tp_size": 2}
+    with pytest.raises(
+        ConfigError, match=r"server 1 .* is cut otherwise \(tp_size 2, pp_size 1, ep_size 1\) than .*server 0 .*\(tp_size 1"
+    ):
+        async with serving(tiny, *fakes):
             pass
 
 

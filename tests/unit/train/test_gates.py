@@ -121,7 +121,7 @@ async def test_skipped_samples_are_compared_before_the_step(dense: Path, kept: s
 
 
 async def test_enough_is_compared_and_no_more_unless_every_bit_counts(dense: Path, monkeypatch: pytest.MonkeyPatch):
-    from miles_train.torch_trainer import trainer as module
+    from miles_train import driver as module
 
     batch = await sampled(dense)
     counts = batch.segments.sequence_tokens

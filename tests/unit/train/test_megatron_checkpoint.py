@@ -27,14 +27,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name, layout", CASES)
-async def test_it_goes_on_to_the_bit(
-    request: pytest.FixtureRequest, start: Start, tmp_path: Path, name: str, layout: dict[str, int], dtype: str
-):
-    """Three calls at once, and one call, a fresh trainer, two more. A step count that parameters shared would show in the third."""
+async def test_it_goes_on_to_the_bit(request: pytest.FixtureRequest, start: Start, tmp_path: Path, name: str, layout: dict[str, int]):
+    """Three calls at once, and one call, a fresh trainer, two more. A step count that parameters shared would show in the third.
+
+    In bfloat16, whose masters must come back too; the conformance suite does it in float32.
+    """
     path: Path = request.getfixturevalue(name)
-    options: dict[str, Any] = dict(parallel=layout, dtype=dtype, lr=1e-2, schedule="cosine", warmup_steps=2, total_steps=3)
+    options: dict[str, Any] = dict(parallel=layout, dtype="bfloat16", lr=1e-2, schedule="cosine", warmup_steps=2, total_steps=3)
     batches = [ragged_batch(seed, steps=2) for seed in range(3)]
     straight, first, second = [await start(path, **options) for _ in range(3)]
     first.version = straight.version = 3

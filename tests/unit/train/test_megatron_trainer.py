@@ -289,7 +289,7 @@ async def test_the_ranks_have_one_deadline_for_a_whole_step(cluster: Any, dense:
     built = megatron_trainer(dense, tmp_path, cluster, parallel=TWO)
     trainer = built.config.build(replace(built.context, cluster=Slow(cluster, clock, tmp_path)))
     seconds = 0.95 * built.context.stage.deadlines.train
-    monkeypatch.setattr("miles_train.megatron.trainer.time", clock)
+    monkeypatch.setattr("miles_train.ranks.trainer.time", clock)
     await trainer.start()
     clock.takes = seconds - 1
     try:

@@ -12,7 +12,7 @@ from miles_core.refs import SampleRef
 pytest.importorskip("torch")
 
 from miles_train.torch_trainer.layouts import block_widths, lay_out
-from miles_train.torch_trainer.planning import Costs, cheapest, plan
+from miles_train.torch_trainer.planning import Costs, plan
 
 LINEAR = Costs(row=100.0, gathered=1.0, query=1.0, key=0.01)
 """Rows cost, attention hardly."""
@@ -42,9 +42,10 @@ ALL = ("padded", "packed", "shared")
 )
 def test_the_cheapest_layout_is_taken(groups: list[tuple[int, list[int]]], costs: Costs, expected: str) -> None:
     batch = batch_of(groups)
-    taken = cheapest(batch, ALL, costs, 10_000)
+    each = np.arange(len(batch))
+    taken = plan(batch, each, 10_000, ALL, costs)[1]
     assert taken == expected or (taken, expected) == ("shared", "packed")  # nothing to share: they are the same
-    assert cheapest(batch, ("padded",), costs, 10_000) == "padded"
+    assert plan(batch, each, 10_000, ("padded",), costs)[1] == "padded"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -77,24 +78,25 @@ def test_widths_of_blocks_by_hand() -> None:
 def test_units_stay_whole_and_budgets_are_kept(names: tuple, max_tokens: int, costs: Costs) -> None:
     batch = batch_of([(20, [5, 9, 30]), (8, [40, 2]), (30, [4] * 6)])
     units = batch.segments.group
-    parts = plan(batch, units, max_tokens, names, costs)
+    parts, name = plan(batch, units, max_tokens, names, costs)
+    assert name in names
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(batch)))
     assert sum(len(set(units[p].tolist())) for p in parts) == 3
     for part in parts:
-        layout = lay_out(batch.select(part), cheapest(batch.select(part), names, costs, max_tokens))
+        layout = lay_out(batch.select(part), name)
         assert layout.tokens.size <= max_tokens or len(set(units[part].tolist())) == 1
 
 
 def test_a_group_that_shares_its_prompt_fits_where_its_copies_would_not() -> None:
     batch = batch_of([(100, [10] * 8)])
     each = np.arange(len(batch))
-    assert len(plan(batch, each, 200, ("shared",), LINEAR)) == 2  # four times 200 rows side by side in attention: six of 128
-    assert len(plan(batch, each, 200, ("padded",), LINEAR)) == 8
+    assert len(plan(batch, each, 200, ("shared",), LINEAR)[0]) == 2  # four times 200 rows side by side in attention: six of 128
+    assert len(plan(batch, each, 200, ("padded",), LINEAR)[0]) == 8
 
 
-def test_a_layout_that_breaks_the_budget_is_not_taken_for_a_micro_batch() -> None:
-    """Padded would be cheaper: gathering is dear. It takes 180 rows where the micro-batch was planned with 100."""
+def test_a_unit_that_is_longer_than_the_budget_gets_what_costs_least() -> None:
     batch, dear = batch_of([(5, [5]), (5, [55]), (5, [25])]), Costs(row=1.0, gathered=100.0, query=0.0, key=0.0)
-    assert cheapest(batch, ("padded", "packed"), dear, 180) == "padded"
-    assert cheapest(batch, ("padded", "packed"), dear, 100) == "packed"
-    assert cheapest(batch, ("padded", "packed"), dear, 50) == "padded"  # a unit longer than the budget: whatever costs least
+    together = np.zeros(len(batch), np.int64)
+    for max_tokens in (50, 100, 180):
+        parts, name = plan(batch, together, max_tokens, ("padded", "packed"), dear)
+        assert name == "padded" and len(parts) == 1

@@ -151,6 +151,30 @@ def test_the_policys_end_of_text_becomes_the_reward_models(same_words: tuple[Pat
     np.testing.assert_allclose(config.build(context)(samples), expected, atol=2e-5, rtol=0)
 
 
+def test_a_policy_may_end_its_text_with_any_of_the_ids_that_its_model_declares(same_words: tuple[Path, Path], tmp_path: Path):
+    path, judge = same_words
+    (tmp_path / "config.json").write_text('{"eos_token_id": [7, 8]}')
+    tokenizer = SimpleNamespace(eos_token_id=7, decode=lambda ids: {7: "yes", 8: "no"}[ids[0]])
+    context = BuildContext(Path("nowhere"), "test", 0, model="policy", tokenizer=tokenizer, model_path=tmp_path)
+    config = config_class("reward", "reward_model").model_validate({"use": "reward_model", "path": str(judge)})
+    samples = [sample(path, "1 + 2", "no yes", 0, ended=False), sample(path, "yes", "yes no", 1, ended=False)]
+    expected = plain_scores(judge, ["1 + 2no <eos>", "yesyes <eos>"])
+    np.testing.assert_allclose(config.build(context)(samples), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
+def test_a_score_has_the_same_bits_in_any_company(same_words: tuple[Path, Path], micro_batch_tokens: int):
+    """``numerics: bitwise``: rewards do not depend on what else is scored with a sample."""
+    path, judge = same_words
+    said = {"use": "reward_model", "path": str(judge), "micro_batch_tokens": micro_batch_tokens}
+    context = BuildContext(Path("nowhere"), "test", 0, model="policy", tokenizer=load_tokenizer(path), bitwise=True)
+    score = config_class("reward", "reward_model").model_validate(said).build(context)
+    samples = group(path)
+    together = score(samples)
+    assert together == [score([s])[0] for s in samples] == score(samples[::-1])[::-1]
+    np.testing.assert_allclose(together, plain_scores(judge, texts(samples)), atol=2e-5, rtol=0)
+
+
 async def test_scores_through_the_scorer(same_words: tuple[Path, Path]):
     """Several groups at once, each in a thread of its own; a trajectory's last sample speaks for it."""
     path, judge = same_words

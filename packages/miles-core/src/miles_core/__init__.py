@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)
     if name in _DECORATORS:
-        from .plugins import decorator
+        from .plugin_finding import decorator
 
         return decorator(name)
     raise AttributeError(f"module 'miles_core' has no attribute {name!r}")

@@ -16,12 +16,14 @@ from .errors import ConfigError
 from .hooks import Hooks
 from .learner import Learner
 from .loop import Loop
+from .lora import holds_model
 from .models import materialize
 from .observer import Observer
 from .producer import Producer
 from .protocols import BuildContext, Cluster, DataSource, LossTerm, NeedsTokenizer, Players, RolloutEngine, Tokenizer, Tracker, Trainer
 from .run_dir import RunDir
 from .scoring import Scorer
+from .starts import Start, starts
 from .tokenizers import load_tokenizer
 from .trace import Trace
 from .waiting import deadline, gather
@@ -47,31 +49,11 @@ async def assemble(
     """
     observer.phase("build")
     stage = config.stages[origin.stage]
-    base = BuildContext(
-        run_dir.path,
-        config.name,
-        config.seed,
-        device=device_of(config),
-        bitwise=config.numerics == "bitwise",
-        total_steps=stage.steps,
-        stage=stage,
-        stage_name=origin.stage,
-        cluster=cluster,
-    )
+    base = _context(config, run_dir, origin, cluster)
     data: DataSource = await asyncio.to_thread(stage.data.build, base)
-    paths = await asyncio.to_thread(model_paths, config, origin.stage, run_dir, data)
-    tokenizers = {name: cast("Tokenizer", load_tokenizer(path)) for name, path in paths.items()}
-    contexts = {
-        name: replace(
-            base,
-            model=name,
-            role=model.role,
-            total_steps=stage.steps - model.frozen_steps,
-            model_path=paths.get(name),
-            tokenizer=tokenizers.get(name),
-        )
-        for name, model in stage.models.items()
-    }
+    begun = await asyncio.to_thread(model_starts, config, origin.stage, run_dir, data)
+    tokenizers = {name: cast("Tokenizer", load_tokenizer(start.tokenizer)) for name, start in begun.items()}
+    contexts = {name: _of_model(base, name, begun.get(name), tokenizers.get(name)) for name in stage.models}
     policies = tuple(name for name, model in stage.models.items() if model.has_samples)
     if isinstance(data, NeedsTokenizer) and policies[0] in tokenizers:
         for sentence in await asyncio.to_thread(data.use_tokenizer, tokenizers[policies[0]]):
@@ -80,22 +62,8 @@ async def assemble(
     engines: dict[str, RolloutEngine] = {p: e.build(contexts[p]) for p in policies if (e := stage.models[p].engine) is not None}
     players = Players(config.name, config.seed, policies, engines, tokenizers, {n: len(t) for n, t in tokenizers.items()})
 
-    state, trace = origin.state, Trace(run_dir.logs / "trace.json")
-    buffer = Buffer(stage.groups, stage.max_staleness, stage.steps, first_version=origin.first_step)
-    producer = Producer(
-        buffer=buffer,
-        cursor=Cursor(data, config.seed, stage.shuffle),
-        rollout=stage.rollout.build(contexts[policies[0]]),
-        players=players,
-        scorer=Scorer(stage.rewards, contexts[policies[0]], stage.environment_weight),
-        filters={n: f.build(base) for n, f in stage.group_filters.items()},
-        group_seconds=stage.deadlines.group,
-        trace=trace,
-        on_group=lambda group: observer.progress(len(buffer.ready), stage.groups),
-    )
-    if state is not None and origin.directory is not None:
-        buffer.counts, buffer.ready = state.buffer_counts(), cut.read_ready(origin.directory, state)
-        producer.position, producer.reissue = state.position, list(state.in_flight)
+    trace, state = Trace(run_dir.logs / "trace.json"), origin.state
+    producer = _producer(config, origin, contexts[policies[0]], data, players, observer, trace)
     return Loop(
         name=origin.stage,
         stage=stage,
@@ -105,7 +73,7 @@ async def assemble(
         learners=[build_learner(p, stage, trainers, config.seed, base) for p in policies],
         trainers=trainers,
         transports={p: stage.models[p].transport.build(contexts[p]) for p in policies},
-        buffer=buffer,
+        buffer=producer.buffer,
         producer=producer,
         evaluators={n: e.build(contexts[policies[0]]) for n, e in stage.evaluators.items()},
         trackers=trackers,
@@ -120,6 +88,66 @@ async def assemble(
     )
 
 
+def _context(config: RunConfig, run_dir: RunDir, origin: Origin, cluster: Cluster) -> BuildContext:
+    """What every plug-in of a stage may use, whatever model it is for."""
+    stage = config.stages[origin.stage]
+    return BuildContext(
+        run_dir.path,
+        config.name,
+        config.seed,
+        device=device_of(config),
+        bitwise=config.numerics == "bitwise",
+        total_steps=stage.steps,
+        stage=stage,
+        stage_name=origin.stage,
+        cluster=cluster,
+    )
+
+
+def _of_model(base: BuildContext, name: str, start: Start | None, tokenizer: Tokenizer | None) -> BuildContext:
+    """The same for what is built for one model; without ``start`` its trainer brings its weights."""
+    model = base.stage.models[name]
+    return replace(
+        base,
+        model=name,
+        role=model.role,
+        total_steps=base.stage.steps - model.frozen_steps,
+        model_path=start.path if start else None,
+        lora=start.lora if start else None,
+        tokenizer=tokenizer,
+    )
+
+
+def _producer(
+    config: RunConfig, origin: Origin, context: BuildContext, data: DataSource, players: Players, observer: Observer, trace: Trace
+) -> Producer:
+    """Rollout's side of the loop, as it was at the cut if there is one.
+
+    Args:
+        config, origin: Of the run, and where the stage begins.
+        context: Of the main policy.
+        data, players: Prompts, and who samples.
+        observer, trace: Who is told.
+    """
+    stage, state = config.stages[origin.stage], origin.state
+    buffer = Buffer(stage.groups, stage.max_staleness, stage.steps, first_version=origin.first_step)
+    producer = Producer(
+        buffer=buffer,
+        cursor=Cursor(data, config.seed, stage.shuffle),
+        rollout=stage.rollout.build(context),
+        players=players,
+        scorer=Scorer(stage.rewards, context, stage.environment_weight),
+        filters={n: f.build(context) for n, f in stage.group_filters.items()},
+        group_seconds=stage.deadlines.group,
+        trace=trace,
+        on_group=lambda group: observer.progress(len(buffer.ready), stage.groups),
+    )
+    if state is not None and origin.directory is not None:
+        buffer.counts, buffer.ready = state.buffer_counts(), cut.read_ready(origin.directory, state)
+        producer.position, producer.reissue = state.position, list(state.in_flight)
+    return producer
+
+
 def device_of(config: RunConfig) -> str:
     """``cpu`` or ``cuda``; auto takes CUDA where there is any, and it can be used."""
     if config.device == "cpu" or (config.device == "auto" and config.numerics == "bitwise"):
@@ -131,8 +159,14 @@ def device_of(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def model_starts(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataSource) -> dict[str, Start]:
+    """What each model of a stage begins with; models whose trainer brings its weights are left out."""
+    paths = model_paths(config, stage_name, run_dir, data)
+    return starts(config.stages[stage_name], paths, run_dir.models / stage_name, config.seed)
+
+
 def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataSource) -> dict[str, Path]:
-    """Hugging Face directory that each model of a stage starts from: what the stage before exported, or made or fetched now.
+    """Hugging Face or PEFT directory that each model of a stage starts from: what the stage before exported, or made or fetched now.
 
     A model without path and config starts as the one it belongs to, which may be one that an earlier stage trained. Models whose
     trainer brings its weights are left out.
@@ -142,7 +176,7 @@ def model_paths(config: RunConfig, stage_name: str, run_dir: RunDir, data: DataS
     paths: dict[str, Path] = {}
     for name, model in named.items():
         own = directory / name
-        if (own / "config.json").is_file():
+        if holds_model(own):
             paths[name] = own
         elif model.path is not None or model.config is not None:
             paths[name] = materialize(model.path, model.config, model.tokenizer, texts_of(data), own, config.seed)

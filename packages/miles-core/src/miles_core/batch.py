@@ -196,7 +196,7 @@ class Batch:
             if name == "targets":
                 loaded[name] = take_rows(spec, np.concatenate([s.tokens for s in samples]), self._next_rows())
             elif name == "positions":
-                loaded[name] = np.concatenate([np.arange(len(s), dtype=np.int32) for s in samples])
+                loaded[name] = (np.arange(self.n_rows) - np.repeat(self.cu_seqlens[:-1], self.lengths)).astype(np.int32)
             else:
                 parts = [s.temperatures() if name == "temperatures" else s.columns.get(name) for s in samples]
                 like = next((p for p in parts if p is not None), None)
@@ -220,6 +220,9 @@ class Batch:
     def select(self, samples: Sequence[int] | np.ndarray) -> Batch:
         """Some of the samples as a part (shard, micro-batch) of the same optimizer step: the denominators stay."""
         samples = np.asarray(samples, np.int64)
+        if len(samples) == len(self) and (samples == np.arange(len(self))).all():
+            kept = {n: c for n, c in self.columns.items() if column_spec(n).split == "rows"}
+            return Batch(self.refs, self.cu_seqlens, kept, self.segments)
         rows = self.rows_of(samples)
         cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths[samples])]).astype(np.int64)
         columns = {n: take_rows(column_spec(n), c, rows) for n, c in self.columns.items() if column_spec(n).split == "rows"}

@@ -76,10 +76,19 @@ class Buffer:
         """
         async with self._changed:
             self._in_flight.remove(started)
-            c = self.counts
-            c.dropped += 1
-            c.reasons[reason] = c.reasons.get(reason, 0) + 1
-            self._changed.notify_all()
+            self._drop(1, reason)
+
+    async def discard(self, groups: list[GroupRef], reason: str) -> None:
+        """Groups that were taken are not trained on after all; others may start in their place. Raises as ``drop`` does."""
+        async with self._changed:
+            self.counts.taken -= len(groups)
+            self._drop(len(groups), reason)
+
+    def _drop(self, number: int, reason: str) -> None:
+        c = self.counts
+        c.dropped += number
+        c.reasons[reason] = c.reasons.get(reason, 0) + number
+        self._changed.notify_all()
         if c.dropped > 50 * self.groups and c.dropped > 20 * (c.taken + len(self.ready)):
             why = ", ".join(f"{r}: {n}" for r, n in sorted(c.reasons.items(), key=lambda item: -item[1]))
             raise RunError(f"{c.dropped} of {c.started} groups were dropped ({why}). Relax the filter or change the data.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,10 +52,9 @@ class SampleBuilder:
 
     def inject(self, text: str, *, role: str, trained: bool = False) -> None:
         """Add tokens that the policy did not sample. ``trained``: a demonstration's target (SFT)."""
-        ids = self.tokenizer.encode(text, add_special_tokens=not self._tokens)
-        self.inject_ids(ids, role=role, trained=trained)
+        self.inject_ids(encode(self.tokenizer, text, add_special_tokens=not self._tokens), role=role, trained=trained)
 
-    def inject_ids(self, ids: list[int], *, role: str, trained: bool = False) -> None:
+    def inject_ids(self, ids: Sequence[int], *, role: str, trained: bool = False) -> None:
         """``inject`` for text that is tokenised already."""
         if not ids:
             return
@@ -109,3 +111,26 @@ class SampleBuilder:
             metadata=metadata,
             **fields,
         )
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    """Ids of a text. Those met last are remembered: a prompt comes once for each trajectory of its group."""
+    return _encoded(_Itself(tokenizer), text, add_special_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """A tokenizer as a key: equal to itself alone, whatever it thinks of others."""
+
+    tokenizer: Tokenizer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.tokenizer is other.tokenizer
+
+    def __hash__(self) -> int:
+        return id(self.tokenizer)
+
+
+@lru_cache(maxsize=256)
+def _encoded(itself: _Itself, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    return tuple(itself.tokenizer.encode(text, add_special_tokens=add_special_tokens))

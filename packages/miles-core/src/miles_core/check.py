@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from .config import ModelConfig, RunConfig, StageConfig
+from .config import LoraConfig, ModelConfig, RunConfig, StageConfig
 from .errors import ConfigError
 from .learner import ROLE_GIVES
+from .lora import base_of, check_adapter, is_adapter, lacks_peft, without_base
+from .model_files import check_files
+from .models import local_model
+from .starts import check_undescribed
 
 
 def check(config: RunConfig) -> None:
     """Raise a ConfigError that lists every problem, each with what to do."""
-    problems, trained = [], set()
+    problems, trained = [], dict[str, LoraConfig | None]()
     for name, stage in config.stages.items():
         problems += [f"stage {name}: {p}" for p in _stage_problems(stage, frozenset(trained))]
         if config.numerics == "bitwise":
             problems += [f"stage {name}: {p}" for p in _bitwise_problems(config, stage)]
-        trained |= {model_name for model_name, model in stage.models.items() if model.learns}
+        problems += [f"stage {name}: {p}" for p in _changed_adapters(stage, trained)]
+        trained |= {model_name: model.lora for model_name, model in stage.models.items() if model.learns}
     if not config.stages:
         problems.append("the recipe has no stages; leave the key out for a single one")
     if "final" in config.stages:
@@ -31,7 +36,8 @@ def missing(config: RunConfig) -> list[str]:
     parts = [plugin for model in models for plugin in (model.trainer, model.engine) if plugin is not None]
     parts += [p for stage in config.stages.values() for p in stage.data.nested()]
     parts += [p for stage in config.stages.values() for one in (*stage.rewards.values(), *stage.evaluators.values()) for p in one.nested()]
-    return list(dict.fromkeys(f"{p.point} {p.use!r}: {sentence}" for p in parts for sentence in p.missing()))
+    lacking = [sentence for model in models for sentence in _no_weights(model)]
+    return list(dict.fromkeys([*lacking, *(f"{p.point} {p.use!r}: {sentence}" for p in parts for sentence in p.missing())]))
 
 
 def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str]:
@@ -50,6 +56,7 @@ def _stage_problems(stage: StageConfig, trained: frozenset[str]) -> Iterator[str
         yield f"minibatches is {stage.minibatches}, but a step has only {trajectories} trajectories; lower it or raise groups"
     for name, model in stage.models.items():
         yield from (f"model {name}: {p}" for p in _origin_problems(name, model, stage, trained))
+        yield from (f"model {name}: {p}" for p in _file_problems(model, name in trained))
         yield from (f"model {name}: {p}" for p in _model_problems(name, model, stage, owners))
     if "environment" in stage.rewards:
         yield "rewards.environment: that is the name of the environment's own part of the reward; give the reward another"
@@ -68,6 +75,24 @@ def _bitwise_problems(config: RunConfig, stage: StageConfig) -> Iterator[str]:
                 yield from (f"model {name}: {kind} {plugin.use!r} {problem}" for problem in plugin.bitwise_problems())
 
 
+def _changed_adapters(stage: StageConfig, trained: Mapping[str, LoraConfig | None]) -> Iterator[str]:
+    """An adapter is handed on as it is: its shape stays. A stage without lora merges it and trains all weights."""
+    for name, model in stage.models.items():
+        before = trained.get(name)
+        if before is not None and model.lora is not None and model.lora != before:
+            yield f"model {name}: lora is another than in the stage before, which hands its adapter on; give both the same, or lora: null"
+
+
+def _adapter_problems(model: ModelConfig) -> Iterator[str]:
+    if model.lora is None:
+        return
+    if model.role != "policy":
+        yield f"lora is for policies, this is a {model.role}; leave it out (a path may be a PEFT directory)"
+    for kind, plugin in (("trainer", model.trainer), ("engine", model.engine)):
+        if plugin is not None and not plugin.takes_lora:
+            yield f"{kind} {plugin.use!r} takes no adapter (lora); trainer torch with ranks: 1 and engine local do"
+
+
 def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:
     if model.path is not None and model.config is not None:
         yield "path and config are both given; give path (a checkpoint) or config (fields of a model built from scratch)"
@@ -80,13 +105,20 @@ def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: l
             yield f"of names {model.of!r}, which is no policy ({', '.join(owners)})"
     if "engine" in stage.rollout.required() and model.role == "policy" and model.engine is None:
         yield f"rollout {stage.rollout.use!r} samples from it, but it has no engine; add e.g. engine: {{use: local}}"
+    yield from _adapter_problems(model)
     for kind, plugin in (("trainer", model.trainer), ("engine", model.engine), ("transport", model.transport)):
         if plugin is not None:
             yield from (f"{kind} {plugin.use!r}: {p}" for p in plugin.problems(stage))
     if model.engine is not None and model.transport.within_process and not model.engine.in_process:
         yield (
             f"transport {model.transport.use!r} hands tensors over within a process, but engine {model.engine.use!r} is another; "
-            "use transport: tensor or disk"
+            "use transport: collective, tensor or disk"
+        )
+    if model.engine is not None and model.transport.broadcasts:
+        yield from (
+            f"transport {model.transport.use!r} sends through a process group on this machine, but engine {model.engine.use!r} {p}; "
+            f"use transport: {'inline' if model.engine.in_process else 'tensor'}"
+            for p in model.engine.broadcast_problems()
         )
     owner = name if model.has_samples else model.of or owners[0]
     if not model.learns or owner not in owners:
@@ -119,6 +151,51 @@ def _origin_problems(name: str, model: ModelConfig, stage: StageConfig, trained:
             f"neither path nor config is given, and {start or 'of'!r} names no model that this stage builds or a stage before trained; "
             "give path, config or of"
         )
+
+
+def _file_problems(model: ModelConfig, handed_on: bool) -> Iterator[str]:
+    """What is wrong with the directories that a model starts from, as far as their files say without torch.
+
+    ``handed_on``: It starts from what a stage before made of it.
+    """
+    for path in _paths(model):
+        try:
+            directory = local_model(path)
+        except ConfigError:  # not on this machine (``missing``)
+            continue
+        try:
+            if directory is not None:
+                check_files(directory)
+                if path != model.path:
+                    check_adapter(directory)
+                elif model.lora is not None and is_adapter(directory) and not handed_on:
+                    check_undescribed(model.lora, directory)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _no_weights(model: ModelConfig) -> Iterator[str]:
+    """That what a model's path names, or the model that an adapter there names, is neither here nor on the hub; and PEFT, where there is
+    an adapter to train, to read or to merge."""
+    adapter = model.lora is not None
+    for path in _paths(model):
+        try:
+            directory = local_model(path)
+            if path == model.path and directory is not None and is_adapter(directory):
+                adapter, base = True, base_of(directory)
+                try:
+                    local_model(base)
+                except ConfigError as error:
+                    raise without_base(directory, base, error) from error
+        except ConfigError as error:
+            yield str(error)
+    if adapter and (sentence := lacks_peft()):
+        yield sentence
+
+
+def _paths(model: ModelConfig) -> list[str]:
+    """Of a model and of the adapter beside it."""
+    return [path for path in (model.path, model.lora.path if model.lora else None) if path is not None]
 
 
 def _senseless_combinations(model: ModelConfig, given: frozenset[str]) -> Iterator[str]:

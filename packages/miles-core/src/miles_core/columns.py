@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -236,9 +237,18 @@ def empty_column(spec: ColumnSpec, length: int, like: Column | None = None) -> C
     return np.full((length, *trailing), spec.fill_for(dtype), dtype)
 
 
+CLASSES: dict[Kind, type] = {"token": np.ndarray, "ragged": Ragged, "attachment": Attachments}
+
+
+@cache
+def _name(dtype: np.dtype) -> str:
+    """``dtype.name``, which NumPy puts together anew each time."""
+    return dtype.name
+
+
 def check_column(spec: ColumnSpec, column: Column, length: int) -> str | None:
     """What is wrong with the form of a column of a sample of ``length`` tokens, or None."""
-    expected = {"token": np.ndarray, "ragged": Ragged, "attachment": Attachments}[spec.kind]
+    expected = CLASSES[spec.kind]
     if not isinstance(column, expected):
         return f"is a {type(column).__name__}, but {spec.kind} columns are {expected.__name__}"
     if len(column) != length:
@@ -250,7 +260,7 @@ def check_column(spec: ColumnSpec, column: Column, length: int) -> str | None:
         spans = [(a.start, a.end) for a in column.items]
         return None if spans == sorted(spans) else f"has attachments out of order: {spans}"
     values = column.values if isinstance(column, Ragged) else column
-    if values.dtype.name not in spec.dtypes:
+    if _name(values.dtype) not in spec.dtypes:
         return f"has dtype {values.dtype}, expected {' or '.join(spec.dtypes)}"
     if values.ndim != 1 + spec.trailing:
         return f"has shape {list(values.shape)}, expected {1 + spec.trailing} axes"

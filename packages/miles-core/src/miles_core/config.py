@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from .config_errors import sentences
 from .errors import ConfigError
-from .plugins import LossConfig, PluginConfig, add_import_directories, config_class, import_module, plug
-from .recipe import KeyPath, Recipe, load_recipe, merge
+from .plugin_finding import add_import_directories, import_module
+from .plugins import LossConfig, PluginConfig, plug
+from .recipe import Recipe, load_recipe, merge
 from .tokenizers import TokenizerConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -42,6 +43,31 @@ class KlReward(Tree):
     coefficient: float = Field(gt=0)
 
 
+class LoraConfig(Tree):
+    """A low-rank adapter beside frozen weights (Hu et al. 2021, arXiv:2106.09685): y = W x + alpha / rank · B A x; A and B learn."""
+
+    rank: int | None = Field(None, gt=0)
+    """Rows of A and columns of B. None: 16."""
+    alpha: int | None = Field(None, gt=0)
+    """What B A x is multiplied with, times the rank. None: twice the rank."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] | None = None
+    """Modules that get one, by the last part of their names, such as ``[q_proj, v_proj]``. None: all-linear, all linear modules of the
+    layers; the fused experts of a mixture are not among them."""
+    path: str | None = None
+    """PEFT directory or hub id of an adapter of this very model to begin with; it brings rank, alpha and targets with it."""
+
+    @model_validator(mode="after")
+    def _one_description(self) -> Self:
+        if self.path is not None and self.described:
+            raise ValueError(f"the adapter in path brings its own {', '.join(self.described)}; leave that out")
+        return self
+
+    @property
+    def described(self) -> list[str]:
+        """The keys that say what a new adapter is like, as far as they are given."""
+        return [name for name in ("rank", "alpha", "targets") if getattr(self, name) is not None]
+
+
 class ModelConfig(Tree):
     """One model of a run and its part in it."""
 
@@ -52,11 +78,13 @@ class ModelConfig(Tree):
     """The policy that a critic, reference or teacher belongs to; may be left out if there is only one. Without a path the model
     starts as that one."""
     path: str | None = None
-    """Hugging Face directory or hub id with weights and tokenizer."""
+    """Hugging Face directory or hub id with weights and tokenizer; or of an adapter (PEFT), beside the model that it names."""
     config: dict[str, Any] | None = None
     """Hugging Face config fields (with ``model_type``) of a model built from scratch, where ``path`` is not given."""
     tokenizer: TokenizerConfig | None = None
     """Tokenizer of a model built from scratch."""
+    lora: LoraConfig | None = None
+    """Train an adapter, and nothing else, of a policy. Null: all weights."""
     trainer: plug("trainer")  # ty: ignore
     engine: plug("rollout_engine") | None = None  # ty: ignore
     transport: plug("weight_transport") = Field(default={"use": "inline"}, validate_default=True)  # ty: ignore
@@ -191,13 +219,18 @@ class RunConfig(Tree):
     import_modules: list[str] = []
     """Modules that are imported before plug-ins are looked for, because they decorate some."""
     stages: named(StageConfig)  # ty: ignore
+    _as_written: bool = PrivateAttr(False)  # read from a run's config.yaml, where every key stands that its Miles had
 
     def to_yaml(self) -> str:
         """The resolved configuration; ``from_resolved`` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def fingerprint(self) -> str:
-        """Hash of what a run computes; who watches, where, how often and how long it may take can change between lives of a run."""
+        """Hash of what a run computes; who watches, where, how often and how long it may take can change between lives of a run.
+
+        Of a configuration that ``from_resolved`` has read it is a hash of what ``config.yaml`` says: a key that only a later Miles has is
+        not there, and does not make another configuration of it.
+        """
         where = {
             "urls",
             "key_variable",
@@ -208,14 +241,15 @@ class RunConfig(Tree):
             "generate_timeout_s",
             "control_timeout_s",
         }
-        gates = {"__all__": {"trainer": {"gates"}, "engine": where}}  # a run that a gate stopped may go on with a wider one
+        # A run that a gate stopped may go on with a wider one, and any on another number of ranks of trainer: torch.
+        models = {"__all__": {"trainer": {"gates", "ranks"}, "engine": where}}
         asked: dict[str, Any] = dict.fromkeys(("timeout_s", "url", "base_url", "attempts", "concurrency", "key_variable"), True)
         asked["parts"] = {"__all__": asked}  # a weighted_sum may hold another
         rewards = {"__all__": asked}
         evaluators = {"__all__": {"rewards": rewards}}
-        how_long = {"rewards": rewards, "evaluators": evaluators, "deadlines": True, "every": True, "models": gates}
+        how_long = {"rewards": rewards, "evaluators": evaluators, "deadlines": True, "every": True, "models": models}
         aside = dict.fromkeys(("runs_dir", "cluster", "trackers", "hooks", "keep_checkpoints", "import_from", "import_modules"), True)
-        data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}})
+        data = self.model_dump(mode="json", exclude=aside | {"stages": {"__all__": how_long}}, exclude_unset=self._as_written)
         return hashlib.blake2b(yaml.safe_dump(data).encode(), digest_size=8).hexdigest()
 
     @staticmethod
@@ -236,7 +270,9 @@ class RunConfig(Tree):
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}; a resolved configuration is a mapping")
         prepare_imports(data)
-        return _validate(Recipe(data, {(): str(path)}), data)
+        config = _validate(Recipe(data, {(): str(path)}), data)
+        config._as_written = True
+        return config
 
 
 RUN_KEYS = frozenset(RunConfig.model_fields)
@@ -272,74 +308,4 @@ def _validate(recipe: Recipe, data: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_sentences(error, recipe, (), data)))) from None
-
-
-def _sentences(error: ValidationError, recipe: Recipe, prefix: KeyPath, data: Any) -> list[str]:
-    """One sentence for each problem: where, which key, what was found, what was expected."""
-    out = []
-    for problem in error.errors(include_url=False):
-        nested = problem.get("ctx", {}).get("error")
-        path = (*prefix, *(str(p) for p in problem["loc"]))
-        if isinstance(nested, ValidationError):
-            out += _sentences(nested, recipe, path, data)
-            continue
-        written = _written(path, recipe)
-        key, where = ".".join(written), recipe.origin(written)
-        if problem["type"] == "extra_forbidden":
-            known = _known_keys(RunConfig, path[:-1], data)
-            out.append(f"{where}: unknown key {key!r}. {_hint(path, written, known)}")
-        elif problem["type"] == "missing":
-            out.append(f"{where}: key {key!r} is missing")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            secret = isinstance(problem["input"], str) and "://" in problem["input"]  # addresses may hold keys
-            found = "" if secret or isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-            out.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{found}")
-    return out
-
-
-def _written(path: KeyPath, recipe: Recipe) -> KeyPath:
-    """Where a key of a stage was written: there, or at the top of the recipe, from which stages inherit."""
-    if path[:1] != ("stages",):
-        return path
-    in_stage, above = recipe.known_depth(path) - 2, recipe.known_depth(path[2:])
-    return path if in_stage >= above else path[2:]
-
-
-def _hint(path: KeyPath, written: KeyPath, known: list[str]) -> str:
-    """The nearest right key."""
-    of_stage = len(path) == 3 and path[0] == "stages"
-    near = difflib.get_close_matches(path[-1], [*known, *sorted(RUN_KEYS)] if of_stage else known, n=1, cutoff=0.5)
-    if near and near[0] in RUN_KEYS and of_stage and written == path:
-        return f"{near[0]!r} belongs to the whole run: write it at the top of the recipe."
-    return f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
-
-
-def _known_keys(model: Any, path: KeyPath, data: Any) -> list[str]:
-    """Keys that are allowed in the mapping at ``path``."""
-    for depth, part in enumerate(path):
-        data = data.get(part, {}) if isinstance(data, dict) else {}
-        if isinstance(data, dict) and "use" in data and (point := _point_of(path[: depth + 1])):
-            model = config_class(point, data["use"])
-        elif hasattr(model, "model_fields") and part in model.model_fields:
-            model = _inner_model(model.model_fields[part].annotation)
-    return list(getattr(model, "model_fields", {}))
-
-
-def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_inner_model, get_args(annotation)) if m is not None), None)
-
-
-def _point_of(path: KeyPath) -> str | None:
-    singular = {"rewards": "reward", "losses": "loss", "group_filters": "group_filter", "sample_filters": "sample_filter"}
-    singular |= {"corrections": "ratio_correction"}
-    singular |= {"evaluators": "evaluator", "trackers": "tracker", "hooks": "hook"}
-    own = {"data": "data_source", "engine": "rollout_engine", "transport": "weight_transport", "estimator": "kl", "base": "advantage"}
-    names = ("rollout", "trainer", "advantage", "aggregation", "generate", "environment", "cluster")
-    last = path[-1]
-    if len(path) > 1 and path[-2] in singular:
-        return singular[path[-2]]
-    return own.get(last) or (last if last in names else None)
+        raise ConfigError("\n".join(dict.fromkeys(sentences(error, recipe, RunConfig, data)))) from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .buffer import Counts
-from .disk import os_error, trouble
+from .disk import BROKEN, os_error, sync, sync_one, trouble, write_whole
 from .errors import CheckpointError, RunError
 from .refs import GroupRef
 from .sample import Group
@@ -100,13 +100,7 @@ def commit(partial: Path, state: CutState, ready: list[GroupRef]) -> Path:
             save_samples(partial / "buffer.safetensors", [s for g in ready for s in g.get().samples])
         sync(partial)
         manifest = {"format": FORMAT, "miles": _version(), "state": asdict(state), "files": _describe(partial)}
-        temporary = partial / f"{MANIFEST}.partial"
-        with temporary.open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, partial / MANIFEST)
-        _sync_one(partial)
+        write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
         return _give_name(partial)
 
 
@@ -125,7 +119,8 @@ def newest(checkpoints: Path, expected_hash: str) -> tuple[Path, CutState, list[
         Its directory, its state, and a sentence for each one that was passed over: unfinished, or newer and damaged.
 
     Raises:
-        CheckpointError: There is none, or it belongs to another configuration or version of Miles.
+        CheckpointError: There is none, it cannot be read though nothing says that it is damaged, or it belongs to another configuration or
+            version of Miles.
     """
     passed_over: list[str] = []
     for partial in sorted(checkpoints.glob("step-*.partial")):
@@ -135,15 +130,11 @@ def newest(checkpoints: Path, expected_hash: str) -> tuple[Path, CutState, list[
             passed_over.append(f"{partial.name} was not finished and was passed over")
     for directory in _newest_first(checkpoints):
         try:
-            manifest = json.loads((directory / MANIFEST).read_text())
-            _check_format(directory, manifest)
-            _verify(directory, manifest["files"])
-            state = CutState(**manifest["state"])
-        except (OSError, ValueError, KeyError, TypeError, _Damaged) as error:
-            passed_over.append(f"{directory.name} is damaged ({_reason(error)}) and was passed over")
+            state, writer = _read(directory)
+        except _Damaged as error:
+            passed_over.append(f"{directory.name} is damaged ({error}) and was passed over")
             continue
         if state.config_hash != expected_hash:
-            writer = manifest["miles"]
             fix = "Put the run's own config.yaml back" if writer == _version() else f"Resume it with Miles {writer}, which wrote it"
             raise CheckpointError(
                 f"{directory} was written by another configuration (hash {state.config_hash}, config.yaml has {expected_hash}). {fix}, "
@@ -166,12 +157,9 @@ def read(directory: Path) -> CutState:
         CheckpointError: It is damaged, or another version of Miles wrote it.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        _check_format(directory, manifest)
-        _verify(directory, manifest["files"])
-        return CutState(**manifest["state"])
-    except (OSError, ValueError, KeyError, TypeError, _Damaged) as error:
-        raise CheckpointError(f"{directory} is damaged: {_reason(error)}. Use another step's.") from error
+        return _read(directory)[0]
+    except _Damaged as error:
+        raise CheckpointError(f"{directory} is damaged: {error}. Use another step's.") from error
 
 
 def read_ready(directory: Path, state: CutState) -> list[GroupRef]:
@@ -182,27 +170,12 @@ def read_ready(directory: Path, state: CutState) -> list[GroupRef]:
     return [GroupRef.of(Group(id, [next(samples) for _ in range(n)]), position) for id, position, n in state.ready]
 
 
-def sync(directory: Path) -> None:
-    """Have everything in a directory on the disk itself."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        _sync_one(path)
-    _sync_one(directory)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _give_name(partial: Path) -> Path:
     """Make a complete cut one that counts, in place of one of the same step. Killed in between, ``newest`` does it again."""
     final = partial.with_suffix("")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    _sync_one(final.parent)
+    sync_one(final.parent)
     return final
 
 
@@ -239,13 +212,29 @@ def _verify(directory: Path, files: dict[str, dict[str, Any]]) -> None:
             raise _Damaged(f"{name} has the hash {found}; the manifest says {wanted['blake2b']}")
 
 
-def _reason(error: Exception) -> str:
-    """Why a cut is taken for damaged."""
-    if isinstance(error, _Damaged):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return f"{MANIFEST} is missing"
-    return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+def _read(directory: Path) -> tuple[CutState, str]:
+    """What a cut says once all its files are what it says of them, and the version of Miles that wrote it.
+
+    Raises:
+        _Damaged: They are not.
+        CheckpointError: Another version of Miles wrote it; or the system does not let us read it, which is no damage: going on from an
+            older cut would undo steps for nothing.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        _check_format(directory, manifest)
+        _verify(directory, manifest["files"])
+        return CutState(**manifest["state"]), manifest["miles"]
+    except FileNotFoundError as error:
+        raise _Damaged(f"{MANIFEST} is missing") from error
+    except OSError as error:
+        if error.errno in BROKEN:
+            raise _Damaged(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{error.filename or directory} cannot be read: {error.strerror or error}. That is no damage: see to it, then do this again."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _not_written(checkpoints: Path, step: int, error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""A disk that takes no more, as a sentence: which, how much is free there, and what to do."""
+"""Files that are whole and on the disk itself; a disk that takes no more, as a sentence: which, how much is free, what to do."""
 
 from __future__ import annotations
 
@@ -40,6 +40,33 @@ def trouble(path: Path, error: OSError) -> str:
     where = f", writing {error.filename}" if error.filename else ""
     free = shutil.disk_usage(path).free
     return f"the disk of {path} {state} ({error.strerror or error}{where}); {free:,} bytes are free there. {advice}."
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, under its name only once it is on the disk itself."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_one(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """Have everything in a directory on the disk itself, not only with the operating system."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        sync_one(path)
+    sync_one(directory)
+
+
+def sync_one(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

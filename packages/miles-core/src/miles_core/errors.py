@@ -35,3 +35,8 @@ class CheckpointError(MilesError):
 
 class InfrastructureFailure(Exception):
     """A worker, an engine or a sandbox failed, not the policy. The trajectory is issued again, never scored 0."""
+
+
+def class_name(error: MilesError) -> str:
+    """Name of the class in this module that an error is of: another process may not know a subclass from elsewhere."""
+    return next(c.__name__ for c in type(error).__mro__ if globals().get(c.__name__) is c)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import PluginError
-from .plugins import did_you_mean
+from .plugin_finding import did_you_mean
 
 MOMENTS = (
     "on_start",

@@ -116,21 +116,23 @@ class Loop:
         self.row = {"stage": self.name, "stage_step": self.step + 1}
         began = time.perf_counter()
         await self.hooks.fire("before_rollout", self)
-        with self._phase("rollout"):
-            groups = await self.buffer.take(self.stage.deadlines.rollout)
-        try:
-            await self.hooks.fire("after_rollout", self)
-            batches = [await self._batch(learner, groups) for learner in self.learners]
-            await self.hooks.fire("before_step", self)
-        except BaseException:
-            self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
-            raise
+        groups, batches = await self._taken()
+        while not any(map(self._trains, self.learners, batches)):  # trainers would refuse them, now and after every resume
+            self.observer.note(
+                f"Step {self.version + 1}: filters, corrections or the rollout leave no token of its {len(groups)} groups to train on; "
+                "others take their place."
+            )
+            await self.buffer.discard(groups, "no token of the whole batch is trained")
+            groups, batches = await self._taken()
         self._between_steps = False
         for learner in self.learners:
             learner.trained_something = False
         with self._phase("train"):
             for learner, batch in zip(self.learners, batches, strict=True):
                 prefix = "" if len(self.learners) == 1 else f"{learner.policy}/"
+                if not self._trains(learner, batch):
+                    self.row |= {prefix + name: value for name, value in learner.metrics.items()} | {f"{prefix}optimizer_steps": 0}
+                    continue
                 try:
                     self.row |= {prefix + name: value for name, value in (await learner.step(batch, self.step)).items()}
                 except StepRefused:
@@ -156,6 +158,23 @@ class Loop:
             self._log(batches, began)
         if every.checkpoint and self.step % every.checkpoint == 0 and self.step < self.stage.steps:
             await self._save()
+
+    async def _taken(self) -> tuple[list[GroupRef], list[Batch]]:
+        """The next groups, and what each learner is trained on in this step."""
+        with self._phase("rollout"):
+            groups = await self.buffer.take(self.stage.deadlines.rollout)
+        try:
+            await self.hooks.fire("after_rollout", self)
+            batches = [await self._batch(learner, groups) for learner in self.learners]
+            await self.hooks.fire("before_step", self)
+        except BaseException:
+            self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
+            raise
+        return groups, batches
+
+    def _trains(self, learner: Learner, batch: Batch) -> bool:
+        """Whether a learner takes a step on a batch: some token is trained, or it is for an ``@miles.update``, which may not care."""
+        return bool(batch.segments.tokens) or self.stage.models[learner.policy].trainer.brings_weights
 
     async def _batch(self, learner: Learner, groups: list[GroupRef]) -> Batch:
         """What a learner is trained on in this step."""
@@ -215,7 +234,7 @@ class Loop:
                 found = await deadline(evaluator.evaluate(self.players), self.stage.deadlines.evaluate, "the loop", f"evaluator {name}")
             self.row |= {f"eval/{name}/{k}": float(v) for k, v in found.metrics.items()}
             if found.samples:
-                save_samples(self.run_dir.trajectories / f"eval-{name}-{self.version:06d}.safetensors", found.samples)
+                save_samples(self.run_dir.trajectories / f"eval-{self.name}.{name}-{self.version:06d}.safetensors", found.samples)
         self.owes_evaluation = False
 
     def _log_evaluation(self) -> None:

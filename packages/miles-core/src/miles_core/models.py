@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .data import local_path
 from .errors import ConfigError, PluginError
-from .plugins import EXTRAS, did_you_mean
+from .model_files import check_files
+from .plugin_finding import EXTRAS, did_you_mean
 from .tokenizers import TokenizerConfig, build_tokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def materialize(
     """A Hugging Face directory with a model's starting weights and tokenizer.
 
     Args:
-        model_path: Local directory, or hub id (fetched into the hub's cache). The other arguments are then not used.
+        model_path: Local directory (of a model, or of an adapter: PEFT), or hub id (fetched into the hub's cache). The other arguments
+            are then not used.
         config: Without ``model_path``: Hugging Face config fields with ``model_type``; the weights are drawn from ``seed``.
         tokenizer: Of the model built from ``config``; its vocabulary size and special ids go into the model's config.
         texts: What the tokenizer is for; read only if something is built.
@@ -47,11 +49,12 @@ def materialize(
         The directory: ``model_path``, a snapshot in the hub's cache, or ``directory``.
 
     Raises:
-        ConfigError: There is no such directory, hub model, model type or config field; or ``directory`` holds something else.
+        ConfigError: There is no such directory, hub model, model type or config field; the directory is no whole model (``check_files``);
+            or ``directory`` holds something else.
         DataError: The tokenizer cannot be built for these texts.
     """
     if model_path is not None:
-        return local_model(model_path) or _from_hub(model_path)
+        return fetch(model_path)
     if config is None or tokenizer is None:
         raise ConfigError("a model needs a path (Hugging Face directory or hub id), or a config and a tokenizer to build it from scratch")
     known = list(texts) if tokenizer.kind == "bpe" else texts  # words do not depend on the texts
@@ -71,19 +74,32 @@ def materialize(
     return directory
 
 
+def fetch(model_path: str) -> Path:
+    """The directory that the path of a model or adapter names, or a snapshot of it in the hub's cache.
+
+    Raises ConfigError: there is none, or what is there is not whole (``check_files``).
+    """
+    path = local_model(model_path) or _from_hub(model_path)
+    check_files(path)
+    return path
+
+
 def local_model(model_path: str) -> Path | None:
     """The directory that a model path names; None for a hub id. Reads nothing from the network and imports nothing heavy.
 
-    Raises ConfigError when it is neither, or the directory is not in Hugging Face format.
+    Raises ConfigError when it is neither.
     """
     path = local_path(model_path, "model path")
-    if (path / "config.json").is_file():
-        return path
     if path.is_dir():
-        raise ConfigError(f"model path {path} holds no config.json; give a directory in Hugging Face format")
+        return path
     if not HUB_ID.fullmatch(model_path):
         raise ConfigError(f"model path {model_path!r} is neither a directory nor a hub id of the form owner/name")
     return None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path names a model of the Hugging Face hub, not a directory of this machine."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def _from_hub(model_path: str) -> Path:

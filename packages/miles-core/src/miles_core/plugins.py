@@ -1,4 +1,4 @@
-"""Plug-ins: found by entry point, by ``module:attribute`` or by decorator; declared torch-free; checked when built.
+"""Plug-ins: declared torch-free, with their options; checked when built. ``plugin_finding`` finds them.
 
 A recipe names a plug-in with ``use`` and gives its options beside it::
 
@@ -11,30 +11,24 @@ is built, so that ``miles check`` needs no torch) or a plain function or class, 
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PydanticUserError, SerializeAsAny, create_model
 
 from . import protocols
 from .errors import MilesError, PluginError
+from .plugin_finding import did_you_mean, find_all, import_advice, import_object, origin_of
 from .protocol_check import check_protocol
 from .protocols import BuildContext, Unit
 
 if TYPE_CHECKING:
     from .batch import Batch
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class PluginConfig(BaseModel):
@@ -93,19 +87,22 @@ class PluginConfig(BaseModel):
         except MilesError:
             raise
         except Exception as error:
-            raise PluginError(f"{origin} does not import: {_import_advice(error)}") from error
+            raise PluginError(f"{origin} does not import: {import_advice(error)}") from error
         if point.per_use:
             return factory(target, self.built_options(context), point, origin)
         try:
             built = target(self, context) if inspect.isclass(target) else functools.partial(target, **self.built_options(context))
         except ModuleNotFoundError as error:  # a library that the target imports only now
-            raise PluginError(f"{origin} cannot be built: {_import_advice(error)}") from error
+            raise PluginError(f"{origin} cannot be built: {import_advice(error)}") from error
         check_protocol(built, point.protocol, point.name, origin)
         return built
 
 
 class ModelPart(PluginConfig):
     """What trainers and engines have in common."""
+
+    takes_lora: ClassVar[bool] = False
+    """Whether it can train or serve an adapter beside frozen weights (``BuildContext.lora``)."""
 
     def bitwise_problems(self) -> list[str]:
         """Why it cannot give a token the same bits in any batch (``numerics: bitwise``); empty if it can."""
@@ -127,12 +124,18 @@ class EngineConfig(ModelPart):
     in_process: ClassVar[bool] = True
     """Whether it is in the run's process, so that tensors can be handed to it and looked at there."""
 
+    def broadcast_problems(self) -> list[str]:
+        """Why no process group can hold it and the run's process (``TakesBroadcasts``); empty if one can."""
+        return ["takes no weights from one"]
+
 
 class TransportConfig(PluginConfig):
     """What every weight transport has beside its own options."""
 
     within_process: ClassVar[bool] = False
     """Whether it only reaches engines of the same process."""
+    broadcasts: ClassVar[bool] = False
+    """Whether it only reaches engines that take weights from a process group (``TakesBroadcasts``)."""
 
 
 class AdvantageConfig(PluginConfig):
@@ -224,104 +227,6 @@ POINTS: dict[str, Point] = {
     )
 }
 
-_DECORATED: dict[tuple[str, str], Any] = {}
-
-
-def decorator(point: str) -> Callable[..., Any]:
-    """The decorator of a point: ``@miles.reward`` or ``@miles.reward(name="brevity", needs={"values"})``."""
-
-    def decorate(obj: F | None = None, *, name: str | None = None, **declared: Any) -> Any:
-        def note(obj: F) -> F:
-            obj.__miles__ = declared  # ty: ignore[missing-attribute]
-            register(point, name or obj.__name__, obj)  # ty: ignore[missing-attribute]
-            return obj
-
-        return note if obj is None else note(obj)
-
-    return decorate
-
-
-def register(point: str, name: str, obj: Any) -> None:
-    """Let ``use: name`` find an object of this process at a point."""
-    _DECORATED[point, name] = obj
-
-
-_importing = 0
-
-
-def importing() -> bool:
-    """Whether a module is being imported for its plug-ins just now: a script must not start a run then."""
-    return _importing > 0
-
-
-def import_module(name: str) -> ModuleType:
-    """A module with plug-ins. Whatever its import raises goes on."""
-    global _importing
-    _importing += 1
-    try:
-        return importlib.import_module(name)
-    finally:
-        _importing -= 1
-
-
-def import_object(path: str) -> Any:
-    """What ``module:attribute`` names."""
-    module_name, _, attribute = path.partition(":")
-    if not attribute:
-        raise PluginError(f"{path!r} is not of the form module:attribute")
-    module = import_module(module_name)
-    try:
-        return functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError:
-        names = [n for n in vars(module) if not n.startswith("_")]
-        raise PluginError(f"module {module_name!r} has no {attribute!r}.{did_you_mean(attribute, names)}") from None
-
-
-def add_import_directories(directories: Iterable[str | Path]) -> None:
-    """Let ``module:attribute`` name modules in these directories and in the working directory (after everything installed)."""
-    for directory in (*directories, Path.cwd()):
-        if str(directory) not in sys.path:
-            sys.path.append(str(directory))
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """A sentence with the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A plug-in that can be named in a recipe, and where it comes from."""
-
-    point: str
-    name: str
-    origin: str
-    load: Callable[[], Any]
-
-
-def find_all(point: str) -> dict[str, Found]:
-    """Every plug-in of a point by name: entry points of installed packages, then decorated objects of this process."""
-    found: dict[str, Found] = {}
-    for entry in metadata.entry_points(group=f"miles.{point}"):
-        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
-        origin = f"{package} ({entry.value})"
-        if entry.name in found and found[entry.name].origin != origin:
-            raise PluginError(f"{point} {entry.name!r} is registered by both {found[entry.name].origin} and {origin}; uninstall one")
-        found[entry.name] = Found(point, entry.name, origin, entry.load)
-    for (decorated_point, name), obj in _DECORATED.items():
-        if decorated_point == point:
-            found[name] = Found(point, name, f"decorated in {obj.__module__}", lambda obj=obj: obj)
-    return found
-
-
-def origin_of(point: str, use: str) -> str:
-    """Where the plug-in that ``use`` names comes from: package and version, or module."""
-    if ":" in use:
-        return f"module {use.split(':')[0]}"
-    found = find_all(point).get(use)
-    return found.origin if found else "this process"
-
 
 def config_class(point: str, use: str) -> type[PluginConfig]:
     """The options class of the plug-in that ``use`` names.
@@ -345,7 +250,7 @@ def config_class(point: str, use: str) -> type[PluginConfig]:
         raise
     except Exception as error:
         fix = "" if ":" in use else ". Update that package, or uninstall it"
-        raise PluginError(f"{point} {use!r} of {origin} does not import: {_import_advice(error, fix)}") from error
+        raise PluginError(f"{point} {use!r} of {origin} does not import: {import_advice(error, fix)}") from error
     if inspect.isclass(obj) and issubclass(obj, PluginConfig):
         if obj.point != point:
             raise PluginError(f"{use!r} of {origin} is a {obj.point or 'plug-in without a point'}, not a {point}; use it there")
@@ -432,33 +337,6 @@ def factory(obj: Any, options: dict[str, Any], point: Point, origin: str) -> Cal
         raise PluginError(f"{origin} is a {type(obj).__name__}; expected a class, an instance is made for each use")
     check_protocol(obj, point.protocol, point.name, origin)
     return functools.partial(obj, **options)
-
-
-def _import_advice(error: Exception, fix: str = "") -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        extra = EXTRAS.get(error.name.split(".")[0])
-        if extra:
-            return f"{error.name!r} is not installed; it comes with the extra {extra}: pip install '{extra}'"
-        return f"module {error.name!r} is not installed{fix or ' (or not beside the recipe)'}"
-    return f"{type(error).__name__}: {error}{fix}"
-
-
-EXTRAS = {
-    "torch": "miles-core[torch]",
-    "transformers": "miles-core[data]",
-    "datasets": "miles-core[data]",
-    "pyarrow": "miles-core[data]",
-    "math_verify": "miles-core[math]",
-    "httpx": "miles-core[rewards]",
-    "regex": "miles-core[rewards]",
-    "tensorboard": "miles-core[report]",
-    "matplotlib": "miles-core[report]",
-    "ray": "miles-core[ray]",
-    "wandb": "miles-core[wandb]",
-    "sglang": "miles-rollout[sglang]",
-    "megatron": "miles-train[megatron]",
-}
-"""Which extra brings a module; a missing one becomes a sentence that names it."""
 
 
 def plug(point: str) -> Any:

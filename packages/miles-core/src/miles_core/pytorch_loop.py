@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -19,7 +20,7 @@ import numpy as np
 
 from .config import RUN_KEYS, RunConfig
 from .errors import ConfigError, DataError, MilesError, PluginError, StepRefused
-from .plugins import importing, register
+from .plugin_finding import importing, register
 from .protocols import StepReport
 from .run_dir import RunDir
 from .waiting import in_daemon_thread
@@ -231,6 +232,11 @@ class PublishedModules:
     def version(self) -> int:
         """Of the newest weights."""
         return self.weights.version
+
+    @asynccontextmanager
+    async def syncing(self) -> AsyncGenerator[None]:
+        """Nothing to hold back: who samples keeps the modules he took."""
+        yield
 
     async def update_weights(self, weights: Any, version: int) -> None:
         """Copy the modules as they are now."""

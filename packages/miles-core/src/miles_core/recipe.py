@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError
-from .plugins import did_you_mean
+from .plugin_finding import did_you_mean
 
 KeyPath = tuple[str, ...]
 Mapping = dict[str, Any]

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import disk
 from .errors import ConfigError, DataError, RunError
 
 FORMAT = 1
@@ -56,7 +57,7 @@ class RunDir:
                 run = RunDir(path)
                 for directory in (run.trajectories, run.checkpoints, run.models, run.logs):
                     directory.mkdir()
-                run.facts.write_text(json.dumps({"format": FORMAT, "miles": metadata.version("miles-core")}) + "\n")
+                disk.write_whole(run.facts, json.dumps({"format": FORMAT, "miles": metadata.version("miles-core")}) + "\n")
                 return run
             except FileExistsError:
                 number += 1
@@ -74,10 +75,8 @@ class RunDir:
         return run
 
     def write_config(self, text: str) -> None:
-        """Write ``config.yaml``, whole or not at all."""
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(text)
-        os.replace(partial, self.config)
+        """Write ``config.yaml``, whole or not at all: without it nothing else of the run could be gone on with."""
+        disk.write_whole(self.config, text)
 
     def check_format(self) -> None:
         """Raise ConfigError unless this version of Miles can go on with the run."""
@@ -169,19 +168,13 @@ class RunDir:
         if void or later:
             aside = self.void / str(1 + max((int(p.name) for p in self.void.glob("*") if p.name.isdecimal()), default=0))
             (aside / "trajectories").mkdir(parents=True)
-            _write_rows(aside / self.metrics.name, void)
+            disk.write_whole(aside / self.metrics.name, _lines(void))
             for path in later:
                 path.rename(aside / "trajectories" / path.name)
         if self.metrics.is_file():  # written anew in any case: the next row must not go on with an unfinished line
-            _write_rows(self.metrics, kept)
+            disk.write_whole(self.metrics, _lines(kept))
         return max((row["step"] for row in void), default=version)
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cut, disk
+from . import cut, disk, memory
 from .assembly import Origin, assemble, close, start
 from .check import check, missing
 from .config import RunConfig
 from .errors import ConfigError, RunError
 from .hooks import Hooks
 from .loop import Loop
+from .lora import holds_model
 from .observer import Observer
 from .protocols import BuildContext, Cluster, Tracker, Trainer
 from .run_dir import RunDir
@@ -63,7 +65,7 @@ class Run:
     async def start(self) -> Outcome:
         """A new run in a new directory. Raises MilesError; what was learned until then is saved."""
         run_dir = RunDir.create(self.config.runs_dir, self.config.name)
-        with disk.sentences(run_dir.path), run_dir.writing():
+        with disk.sentences(run_dir.path), memory.sentences(), run_dir.writing():
             run_dir.write_config(self.config.to_yaml())
             first = next(iter(self.config.stages))
             return await self._stages(run_dir, Origin(first, 0))
@@ -75,7 +77,7 @@ class Run:
             CheckpointError: Every cut is damaged, or belongs to another configuration or version of Miles.
             RunError: Nothing is left to do, or another process writes to this run.
         """
-        with disk.sentences(run_dir.path), run_dir.writing():
+        with disk.sentences(run_dir.path), memory.sentences(), run_dir.writing():
             return await self._stages(run_dir, self._origin(run_dir))
 
     def _origin(self, run_dir: RunDir) -> Origin:
@@ -125,12 +127,17 @@ class Run:
             self._loop.request_stop()
         try:
             await start(self._loop, origin)
+            # What stays until the stage ends is half a million objects: looking through them again and again costs 5 % of a run. What is
+            # in a cycle and dead already, such as the models of the stage before, must not stay with them.
+            gc.collect()
+            gc.freeze()
             await self._loop.run()
             if self._loop.step == self._loop.stage.steps:
-                idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.learning()]
+                idle = [d for d in run_dir.models.glob(f"{origin.stage}/*") if d.name not in self._loop.learning() and holds_model(d)]
                 await export(self._loop.learning(), run_dir.models / following, idle)
             return self._loop.step
         finally:
+            gc.unfreeze()
             await close(self._loop)
 
 
@@ -143,6 +150,6 @@ async def export(trainers: Mapping[str, Trainer], directory: Path, idle: Sequenc
         await trainer.export(partial / name)
     for model in idle:
         shutil.copytree(model, partial / model.name)
-    await asyncio.to_thread(cut.sync, partial)
+    await asyncio.to_thread(disk.sync, partial)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)

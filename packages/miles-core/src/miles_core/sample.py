@@ -287,23 +287,24 @@ class Sample:
             yield f"reward is {self.reward}; a reward is a finite number"
 
     def _token_problems(self, vocab_size: int | None) -> Iterable[str]:
-        bad = np.flatnonzero((self.tokens < 0) | (self.tokens >= (vocab_size or np.iinfo(np.int32).max)))
-        if len(bad):
+        tokens, versions, logprobs = self.tokens, self.versions, self.logprobs
+        wrong = (tokens < 0) | (tokens >= (vocab_size or np.iinfo(np.int32).max))
+        if wrong.any():
             limit = f"below the vocabulary size {vocab_size}" if vocab_size else "non-negative"
-            yield f"column 'tokens' holds id {self.tokens[bad[0]]} at index {bad[0]}; ids must be {limit}"
-        sampled = self.versions >= 0
-        if (self.versions < -1).any():
-            yield f"column 'versions' holds {self.versions.min()}; −1 means not sampled, versions start at 0"
+            yield f"column 'tokens' holds id {tokens[wrong][0]} at index {wrong.argmax()}; ids must be {limit}"
+        sampled = versions >= 0
+        if versions.min() < -1:
+            yield f"column 'versions' holds {versions.min()}; −1 means not sampled, versions start at 0"
         if sampled[0] or self.loss_mask[0]:
             column = "versions" if sampled[0] else "loss_mask"
             yield f"column {column!r} marks token 0, but nothing predicts the first token; start with a prompt or a BOS token"
-        wrong = np.flatnonzero(np.isnan(self.logprobs) == sampled)
-        if len(wrong):
-            found = "NaN though the token was sampled" if sampled[wrong[0]] else "a number though the token was not sampled"
-            yield f"column 'logprobs' is {found} at index {wrong[0]} (versions there: {self.versions[wrong[0]]})"
-        wrong = np.flatnonzero(sampled & ((self.logprobs > 1e-4) | np.isinf(self.logprobs)))
-        if len(wrong):
-            yield f"column 'logprobs' holds {self.logprobs[wrong[0]]:.4g} at index {wrong[0]}; a log-probability is finite and at most 0"
+        wrong = np.isnan(logprobs) == sampled
+        if wrong.any():
+            found = "NaN though the token was sampled" if sampled[wrong][0] else "a number though the token was not sampled"
+            yield f"column 'logprobs' is {found} at index {wrong.argmax()} (versions there: {versions[wrong][0]})"
+        wrong = sampled & ((logprobs > 1e-4) | np.isinf(logprobs))
+        if wrong.any():
+            yield f"column 'logprobs' holds {logprobs[wrong][0]:.4g} at index {wrong.argmax()}; a log-probability is finite and at most 0"
         routing = self.columns.get("routing")
         if isinstance(routing, np.ndarray) and (routing[-1] != np.iinfo(routing.dtype).max).any():
             yield "column 'routing' has a recorded last row; token T−1 was never an input, its row must be the sentinel"
@@ -318,9 +319,10 @@ class Sample:
 
     def _training_problems(self) -> Iterable[str]:
         trained = self.loss_mask
-        unsampled = np.flatnonzero(trained & (self.versions < 0))
-        if len(unsampled):
-            yield f"column 'loss_mask' trains index {unsampled[0]}, which was not sampled (versions −1); RL trains sampled tokens only"
+        unsampled = trained & (self.versions < 0)
+        if unsampled.any():
+            at = unsampled.argmax()
+            yield f"column 'loss_mask' trains index {at}, which was not sampled (versions −1); RL trains sampled tokens only"
         covered = np.zeros(len(self), bool)
         for span in self.spans:
             here = slice(span.start, span.end)
@@ -339,9 +341,9 @@ class Sample:
                         f"{where} whose support was restricted (top_p, top_k, min_p or grammar), but column 'support' does not hold "
                         f"the sampled token {self.tokens[lacking[0]]} at index {lacking[0]}; record it or sample unrestricted"
                     )
-        bare = np.flatnonzero(trained & ~covered)
-        if len(bare):
-            yield f"column 'loss_mask' trains index {bare[0]}, which no sampling span covers"
+        bare = trained & ~covered
+        if bare.any():
+            yield f"column 'loss_mask' trains index {bare.argmax()}, which no sampling span covers"
 
     def _in_support(self) -> np.ndarray:
         """bool [T]: whether the recorded support of token t holds token t; False without a 'support' column."""

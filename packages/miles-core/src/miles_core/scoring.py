@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from .calls import call_each
 from .errors import DataError, InfrastructureFailure, MilesError, RunError
 from .plugins import RewardConfig
 from .protocols import BuildContext, Reward, Score
@@ -16,6 +18,8 @@ from .waiting import deadline, gather, in_daemon_thread, is_async
 
 THREADS = 32
 """Plain functions that run at once; the next waits for its turn, and its deadline starts then."""
+
+ADVICE = "Raise the reward's timeout_s, or mend the function."
 
 
 class Scorer:
@@ -78,19 +82,25 @@ class Scorer:
         """What a reward says of each."""
         config, reward = self._rewards[name]
         if config.called_with() != "sample":
-            return await self._call(name, config, reward, list(heads), heads)
-        return [score for [score] in await gather(self._call(name, config, reward, head, [head]) for head in heads)]
+            return await self._call(name, list(heads), heads)
+        if is_async(reward):
+            return [score for [score] in await gather(self._call(name, head, [head]) for head in heads)]
 
-    async def _call(self, name: str, config: RewardConfig, reward: Reward, argument: Any, scored: Sequence[Sample]) -> list[Score]:
-        """Scores of ``scored``, checked."""
-        subject = f"reward {name!r} of sample {scored[0].id}" + (f" and {len(scored) - 1} more" if len(scored) > 1 else "")
-        try:
+        def score(head: Sample) -> Score:
+            with _named(_subject(name, [head])):
+                return _checked(name, _plain(reward(head)), head)
+
+        def late(head: Sample) -> str:
+            return f"{_subject(name, [head])} waited {config.timeout_s:g} s for its function {_described(reward)}. {ADVICE}"
+
+        return await call_each(score, heads, self._threads, math.inf if config.keeps_time else config.timeout_s, late)
+
+    async def _call(self, name: str, argument: Any, scored: Sequence[Sample]) -> list[Score]:
+        """Scores of ``scored`` by one call, checked."""
+        config, reward = self._rewards[name]
+        subject, unit = _subject(name, scored), config.called_with()
+        with _named(subject):
             given = _plain(await self._timed(config, reward, argument, subject))
-        except (MilesError, InfrastructureFailure):
-            raise
-        except Exception as error:
-            raise RunError(f"{subject} failed: {type(error).__name__}: {error}") from error
-        unit = config.called_with()
         if unit == "sample":
             given = [given]
         elif not isinstance(given, list | tuple) or len(given) != len(scored):
@@ -104,8 +114,7 @@ class Scorer:
         async def held(running: Any) -> Any:
             if config.keeps_time:
                 return await running
-            advice = "Raise the reward's timeout_s, or mend the function."
-            return await deadline(running, config.timeout_s, subject, f"its function {_described(reward)}", advice)
+            return await deadline(running, config.timeout_s, subject, f"its function {_described(reward)}", ADVICE)
 
         if is_async(reward):
             return await held(reward(argument))
@@ -138,6 +147,21 @@ class Scorer:
                     f"sample {sample.id} has the reward parts {', '.join(sample.rewards)}, and none of them counts; "
                     "a rollout sets rewards['environment'] or reward"
                 )
+
+
+def _subject(name: str, scored: Sequence[Sample]) -> str:
+    return f"reward {name!r} of sample {scored[0].id}" + (f" and {len(scored) - 1} more" if len(scored) > 1 else "")
+
+
+@contextmanager
+def _named(subject: str) -> Generator[None]:
+    """What user code raises becomes a RunError that names the reward and the sample; Miles' own errors go on as they are."""
+    try:
+        yield
+    except (MilesError, InfrastructureFailure):
+        raise
+    except (Exception, SystemExit) as error:
+        raise RunError(f"{subject} failed: {type(error).__name__}: {error}") from error
 
 
 Trajectory = tuple[str, str, int]

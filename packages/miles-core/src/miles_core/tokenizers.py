@@ -7,16 +7,16 @@ Environments rely on that for what they inject.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from .errors import ConfigError, DataError
+from .model_files import check_vocabulary, json_object, sentences
 
 if TYPE_CHECKING:  # the extra miles-core[data]
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,6 +25,17 @@ PAD, EOS = "<pad>", "<eos>"
 BYTES = 256
 SAMPLE = 1000
 """So many texts stand for all when words are checked: a source may make millions."""
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
+"""Patterns of the files that an export takes over from the model it was started from."""
 
 # Contractions, words with the space before them, single digits, runs of signs, single line ends, other white space.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\n|[^\S\n]+(?!\S)|[^\S\n]+"
@@ -83,44 +94,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{path} holds no tokenizer (no {described.name}); give the directory of a model with its tokenizer files")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if _json_object(described).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
+    if json_object(described).get("tokenizer_class") == PreTrainedTokenizerFast.__name__:
         # tokenizer.json is all of it. AutoTokenizer would add tokens of its own for some model types (qwen2, transformers 5.19).
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        kind = PreTrainedTokenizerFast
     else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    _check_vocabulary(tokenizer, path / "config.json")  # ty: ignore[invalid-argument-type]
+        kind = AutoTokenizer
+    with sentences(path):
+        tokenizer = kind.from_pretrained(path)
+    _check_vocabulary(tokenizer, path)  # ty: ignore[invalid-argument-type]
     return tokenizer  # ty: ignore[invalid-explicit-return]
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Path) -> None:
-    """Text must not become ids that the model does not have. A model may have more ids than tokens (its matrix is padded), and some
-    tokenizers have an added token that their model lacks (Gemma 3): that one is refused when a prompt holds it, by the engine."""
-    described = _json_object(config) if config.is_file() else {}
-    size = described.get("vocab_size") or (described.get("text_config") or {}).get("vocab_size")
-    if size is None:
-        return
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """The tokenizer writes texts, with ids that the model beside it has."""
     added = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id}
-    of_text = [(id, token) for token, id in tokenizer.get_vocab().items() if id not in added]
-    if not of_text:
-        raise ConfigError(
-            f"the tokenizer in {config.parent} has no tokens but added ones: it cannot write a text. Put the model's own there."
-        )
-    id, token = max(of_text)
-    if id >= size:
-        raise ConfigError(
-            f"the tokenizer in {config.parent} does not match the model: its token {token!r} has id {id}, but {config.name} says "
-            f"vocab_size {size}. Put the tokenizer files of this very model there."
-        )
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}; copy it again from where the model is") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds a {type(found).__name__}; expected a JSON object. Copy it again from where the model is")
-    return found
+    written = {token: id for token, id in tokenizer.get_vocab().items() if id not in added}
+    if not written:
+        raise ConfigError(f"the tokenizer in {path} has no tokens but added ones: it cannot write a text. Put the model's own there.")
+    check_vocabulary(path, written)
 
 
 def _words(config: TokenizerConfig, texts: Iterable[str]):

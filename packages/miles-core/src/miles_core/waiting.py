@@ -80,8 +80,8 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
     def work() -> None:
         try:
             outcome = function(*arguments), None
-        except StopIteration as error:  # a future cannot hold one
-            outcome = None, RuntimeError(f"StopIteration: {error}")
+        except (StopIteration, SystemExit) as error:  # a future cannot hold the one; the other would end the event loop
+            outcome = None, RuntimeError(f"{type(error).__name__}: {error}")
         except BaseException as error:
             outcome = None, error
         if not loop.is_closed():

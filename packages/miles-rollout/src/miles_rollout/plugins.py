@@ -17,6 +17,7 @@ class LocalEngineConfig(EngineConfig):
 
     point: ClassVar[str] = "rollout_engine"
     target: ClassVar[str] = "miles_rollout.local.engine:LocalEngine"
+    takes_lora: ClassVar[bool] = True
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; the trainer's compute dtype must be the same. None: float32 on a CPU, bfloat16 on a GPU."""
@@ -33,6 +34,8 @@ class LocalEngineConfig(EngineConfig):
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OURS = ("model_path", "dtype", "device", "host", "port", "api_key", "admin_api_key", "config")
 """Arguments of SGLang's server that follow from other options."""
+NOT_GROUPED = ("dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size")
+"""Arguments that give SGLang ranks which take no weights from a process group."""
 
 
 def _port_of(parts: SplitResult) -> bool:
@@ -71,6 +74,14 @@ class SglangEngineConfig(EngineConfig):
     """Deadline for one generation to end; past it the server counts as dead and the trajectory is issued again."""
     control_timeout_s: float = Field(120, gt=0)
     """Deadline for any other answer: a bucket of weights, a checksum, a pause."""
+
+    def broadcast_problems(self) -> list[str]:
+        """See ``EngineConfig``."""
+        return [f"has a server at {url}, on another machine" for url in self.urls if urlsplit(url).hostname not in LOOPBACK][:1] + [
+            f"has {name}: {self.arguments[name]}, and SGLang groups only tensor-parallel ranks"
+            for name in self.arguments
+            if name.replace("-", "_") in NOT_GROUPED and self.arguments[name] != 1
+        ]
 
     def missing(self) -> list[str]:
         """SGLang's environment, where servers are to be started."""
@@ -136,6 +147,13 @@ class TensorTransportConfig(TransportConfig):
     verify_every: int = Field(100, ge=0)
     """At the first two publishes and every so many, an export on a disk that the engines can read is loaded and must have the same
     checksum. 0: never, where there is no such disk."""
+
+
+class CollectiveTransportConfig(TensorTransportConfig):
+    """Weights by value through process groups (gloo) with servers on this machine, compared with weights loaded from disk now and then."""
+
+    target: ClassVar[str] = "miles_rollout.transports.collective:CollectiveTransport"
+    broadcasts: ClassVar[bool] = True
 
 
 class DiskTransportConfig(TransportConfig):

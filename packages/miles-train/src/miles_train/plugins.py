@@ -56,6 +56,8 @@ class AdamWTrainerConfig(TrainerConfig):
     accumulation are float32 in any case."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Most rows of a forward pass, padding included. It changes memory and speed, never the gradient."""
+    recompute: bool = False
+    """Whether activations of each layer are computed again in the backward pass instead of being kept."""
     gates: Gates = Gates()
     """When a batch is refused because rollout engine and trainer disagree; of language models only."""
     routing_replay: bool = True
@@ -73,23 +75,35 @@ class AdamWTrainerConfig(TrainerConfig):
 
 
 class TorchTrainerConfig(AdamWTrainerConfig):
-    """A Hugging Face model and AdamW, in one process: a language model, or one with a scalar head for critics and reward models."""
+    """A Hugging Face model and AdamW: a language model, or one with a scalar head for critics and reward models. In the run's process, or
+    over the ranks of the run's cluster."""
 
     point: ClassVar[str] = "trainer"
-    target: ClassVar[str] = "miles_train.torch_trainer.trainer:TorchTrainer"
     gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
     """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
     knows_old_logprobs: ClassVar[bool] = True
 
+    ranks: int = Field(1, ge=1)
+    """Over how many ranks of the run's cluster samples, weights and AdamW's state are spread (FSDP2); 1 is the run's own process. With n
+    GPUs that is n; docs/benchmarks.md says what it brings on a CPU. It changes speed and memory, never the gradient; a cut may be resumed
+    on another number."""
     layout: Literal["auto", "padded", "packed", "shared"] = "auto"
     """How samples stand in a forward pass: ``padded`` to the longest; ``packed`` end to end; ``shared``: what several begin with (a group's
     prompt) stands once. auto takes the one that costs least (torch_trainer/planning.py); a model with attention of its own kind is padded.
     It changes speed and memory, never the gradient."""
-    recompute: bool = False
-    """Whether activations of each layer are computed again in the backward pass instead of being kept."""
     skip_zero_advantages: bool = True
     """Leave samples whose advantages are all 0 out of forward and backward where every loss is proportional to the advantage: the gradient
     is the same. Their tokens stay in the denominators. Metrics are then means over the others; ``skipped`` is their share of the tokens."""
+
+    @property
+    def target(self) -> str:  # ty: ignore[incompatible-property-override]
+        """See ``PluginConfig``."""
+        return "miles_train.torch_trainer." + ("trainer:TorchTrainer" if self.ranks == 1 else "spread:SpreadTorchTrainer")
+
+    @property
+    def takes_lora(self) -> bool:  # ty: ignore[incompatible-property-override]
+        """See ``ModelPart``: not over ranks so far."""
+        return self.ranks == 1
 
     def bitwise_problems(self) -> list[str]:
         """See ``ModelPart``."""
@@ -98,6 +112,8 @@ class TorchTrainerConfig(AdamWTrainerConfig):
             problems.append(
                 f"has layout: {self.layout}, in which sums are cut otherwise than in the engine; numerics: bitwise needs padded"
             )
+        if self.ranks > 1:
+            problems.append(f"adds gradients up over {self.ranks} ranks; numerics: bitwise needs ranks: 1")
         return problems
 
 
@@ -125,11 +141,10 @@ class MegatronTrainerConfig(AdamWTrainerConfig):
     point: ClassVar[str] = "trainer"
     target: ClassVar[str] = "miles_train.megatron.trainer:MegatronTrainer"
     gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs"})
+    knows_old_logprobs: ClassVar[bool] = True
 
     parallel: Parallel = Parallel()
     """Over how many ranks the model is spread, and how."""
-    recompute: bool = False
-    """Whether activations of each layer are computed again in the backward pass instead of being kept."""
     bucket_bytes: int = Field(256 * 2**20, ge=1)
     """Weights are given away in buckets of about so many bytes."""
 

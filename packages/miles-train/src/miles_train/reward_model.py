@@ -15,6 +15,7 @@ from miles_core.errors import ConfigError, DataError
 from miles_core.models import materialize
 from miles_core.protocols import BuildContext
 from miles_core.refs import SampleRef
+from miles_core.rewards.texts import ends_of_text
 from miles_core.sample import Sample
 from miles_core.tokenizers import load_tokenizer
 
@@ -30,7 +31,8 @@ class RewardModel:
     ``metadata["response"]`` as text, put through its own tokenizer. In text the policy's end of text at the very end becomes the
     reward model's; any other markup (a chat template's) stays as it is written.
 
-    It computes in float32 on a CPU and in bfloat16 on a GPU, without a gradient, one group at a time.
+    It computes in float32 on a CPU and in bfloat16 on a GPU, without a gradient, one group at a time. With ``numerics: bitwise`` a score
+    has the same bits whatever else is in the group.
 
     Args:
         config: Which model.
@@ -43,7 +45,7 @@ class RewardModel:
     def __init__(self, config: RewardModelConfig, context: BuildContext) -> None:
         path = directory_of(config, context)
         device = torch.device(context.device)
-        self._model = ScalarModel(path, compute_dtype(None, device), device, "auto")
+        self._model = ScalarModel(path, compute_dtype(None, device), device, "auto", context.bitwise)
         if not self._model.score.weight.any():
             raise ConfigError(f"reward model {path} gives 0 to everything: its head was never trained. Train it with role: reward")
         self._model.hf.requires_grad_(False)
@@ -51,7 +53,7 @@ class RewardModel:
         self._micro_batch_tokens = config.micro_batch_tokens
         self._policy = context.model
         self._shares_tokens = _same_vocabulary(self._tokenizer, context.tokenizer)
-        self._policy_end = _end_of_text(context.tokenizer)
+        self._policy_ends = ends_of_text(context)
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
@@ -61,10 +63,9 @@ class RewardModel:
             read = [Sample.of(replace(s.id, policy=""), self._tokens(s)) for s in samples]
             batch = Batch.of([SampleRef.of(s) for s in read]).load(self._model.reads)
             scores = np.zeros(len(batch))
-            for part in self._model.micro_batches(batch, np.arange(len(batch)), self._micro_batch_tokens):
-                micro = batch.select(part)
-                values = self._model.outputs(micro, self._model.rows_to_annotate(micro))["values"]
-                scores[part] = values.cpu().numpy()[micro.cu_seqlens[1:] - 1]
+            for micro in self._model.micro_batches(batch, np.arange(len(batch)), self._micro_batch_tokens):
+                values = self._model.outputs(micro, self._model.rows_to_annotate(micro.batch))["values"]
+                scores[micro.samples] = values.cpu().numpy()[micro.batch.cu_seqlens[1:] - 1]
             return scores.tolist()
 
     def _tokens(self, sample: Sample) -> np.ndarray:
@@ -86,12 +87,12 @@ class RewardModel:
                 f"{'metadata has no response' if isinstance(sample.prompt, str) else 'its prompt is no text'}; the rollout sets both"
             )
         text, end = sample.prompt + response, self._tokenizer.eos_token_id
-        ended = bool(self._policy_end) and end is not None and text.endswith(self._policy_end)
+        ending = next((ending for ending in self._policy_ends if text.endswith(ending)), "") if end is not None else ""
         try:
-            tokens = self._tokenizer.encode(text.removesuffix(self._policy_end) if ended else text)
+            tokens = self._tokenizer.encode(text.removesuffix(ending))
         except Exception as error:  # tokenizers raises nothing narrower
             raise DataError(f"sample {sample.id}: the reward model's tokenizer cannot write {text!r}: {error}") from error
-        return [*tokens, end] if ended else tokens
+        return [*tokens, end] if ending else tokens
 
 
 def directory_of(config: RewardModelConfig, context: BuildContext) -> Path:
@@ -113,9 +114,3 @@ def _same_vocabulary(own: Any, other: Any) -> bool:
     """Whether token ids mean the same to both; a tokenizer that cannot list its vocabulary counts as another."""
     listed = getattr(other, "get_vocab", None)
     return listed is not None and listed() == own.get_vocab()
-
-
-def _end_of_text(tokenizer: Any) -> str:
-    """What a tokenizer's end of text looks like when it is decoded; empty without one."""
-    end = getattr(tokenizer, "eos_token_id", None)
-    return "" if end is None else tokenizer.decode([end])

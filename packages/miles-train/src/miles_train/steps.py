@@ -8,6 +8,8 @@ import numpy as np
 
 from miles_core.batch import Batch
 from miles_core.errors import DataError, StepRefused
+from miles_core.plan import units_of
+from miles_core.protocols import Unit
 
 
 def load_checked(batch: Batch, reads: Sequence[str], unsupported: Sequence[str], vocab_size: int, trainer: str) -> Batch:
@@ -18,8 +20,9 @@ def load_checked(batch: Batch, reads: Sequence[str], unsupported: Sequence[str],
             outside the vocabulary; names the sample.
     """
     for ref in batch.refs:
+        columns = ref.get().columns
         for name in unsupported:
-            if name in ref.get().columns:
+            if name in columns:
                 raise DataError(f"sample {ref.id} has a column {name!r}, which trainer {trainer!r} cannot use yet; sample without it")
     batch = batch.load(reads)
     tokens = batch.array("tokens")
@@ -40,3 +43,20 @@ def step_metrics(reports: Sequence[dict[str, float]], seconds: float) -> dict[st
         raise StepRefused("the batch trains no token in any of its optimizer steps: every loss mask is empty")
     metrics = {name: float(np.mean([r[name] for r in reports])) for name in reports[0]}
     return metrics | {"tokens": float(sum(r["tokens"] for r in reports)), "lr": reports[-1]["lr"], "seconds/forward_backward": seconds}
+
+
+def kept_samples(minibatch: Batch, unit: Unit, skips: bool) -> np.ndarray:
+    """int64: the samples of an optimizer step that go through the model. Those that train nothing stay out.
+
+    With ``skips`` (every loss is proportional to the advantage) so do those in whose unit all advantages are 0. If that is all of them, one
+    unit stays: its gradient of 0 is what AdamW's moments and weight decay wait for.
+    """
+    trained = minibatch.segments.sequence_tokens > 0
+    if not skips:
+        return np.flatnonzero(trained)
+    units = units_of(minibatch, unit)
+    counts = minibatch.array("loss_mask") & (minibatch.array("advantages") != 0)
+    moves = np.isin(units, units[minibatch.segment[counts]])
+    if not moves.any():
+        moves = units == units[np.where(trained, minibatch.lengths, np.iinfo(np.int64).max).argmin()]
+    return np.flatnonzero(trained & moves)

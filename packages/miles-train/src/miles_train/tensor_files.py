@@ -12,18 +12,6 @@ from torch import Tensor
 
 from miles_core.errors import CheckpointError
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-)
-"""Patterns of the files that an export takes over from the model it was started from."""
-
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Size], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a file, each of them expected, of that shape, float32 and finite.

@@ -120,12 +120,13 @@ def export(
     directory: Annotated[Path, typer.Argument(help="Where to write the model; it must not exist.")],
     step: Annotated[int | None, typer.Option(help="Step of the run; the end, or the newest checkpoint, by default.")] = None,
     model: Annotated[str | None, typer.Option(help="The policy, where there are several.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add an adapter (lora) to its model's weights.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Write a policy as a Hugging Face directory with its tokenizer and a model card."""
+    """Write a policy as a Hugging Face directory (of one with lora: a PEFT directory) with its tokenizer and a model card."""
     from ..inspection.export import export as write
 
-    source = write(RunDir.open(run_dir), directory, step, model)
+    source = write(RunDir.open(run_dir), directory, step, model, merge)
     if json_:
         said = {"directory": str(directory), "step": source.step, "stage": source.stage, "from": str(source.directory)}
         print(json.dumps(said))
@@ -171,7 +172,8 @@ def plugins(
 ) -> None:
     """List every plug-in and where it comes from."""
     from ..errors import PluginError
-    from ..plugins import POINTS, did_you_mean, find_all
+    from ..plugin_finding import did_you_mean, find_all
+    from ..plugins import POINTS
 
     if point is not None and point not in POINTS:
         raise PluginError(f"no plug-point is called {point!r}.{did_you_mean(point, list(POINTS))} Points: {', '.join(POINTS)}")

@@ -12,7 +12,8 @@ from importlib import metadata
 from typing import Literal
 
 from ..errors import MilesError
-from ..plugins import EXTRAS, POINTS, config_class, find_all
+from ..plugin_finding import EXTRAS, find_all
+from ..plugins import POINTS, config_class
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.panel import Panel
 
+from ..lora import holds_model, is_adapter
 from ..run_dir import RunDir
 from ..sample import Sample
 from ..sample_io import load_samples
@@ -28,7 +29,7 @@ def ending(run_dir: RunDir) -> Group:
     if rows:
         parts.append(f"Curve: {plot(run_dir)}" if find_spec("matplotlib") else escape("Curve: pip install 'miles-core[report]' draws it"))
     final = run_dir.models / "final"
-    kind = " (a Hugging Face directory)" if (final / "policy" / "config.json").is_file() else ""
+    kind = " (a PEFT directory)" if is_adapter(final / "policy") else " (a Hugging Face directory)" if holds_model(final / "policy") else ""
     parts.append(f"Weights: {final}/policy{kind} · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
     here = escape(str(run_dir.path))
     parts.append(
@@ -67,7 +68,8 @@ def plot(run_dir: RunDir) -> Path:
 def _before_and_after(run_dir: RunDir) -> list[Panel]:
     """The same held-out prompt at the first and the last evaluation: one that became right, if there is any."""
     files = sorted(run_dir.trajectories.glob("eval-*.safetensors"))
-    same = [f for f in files if f.name.rsplit("-", 1)[0] == files[0].name.rsplit("-", 1)[0]] if files else []
+    last = max(files, key=lambda f: f.stem.rsplit("-", 1)[1], default=None)
+    same = [f for f in files if last is not None and f.stem.rsplit("-", 1)[0] == last.stem.rsplit("-", 1)[0]]
     if len(same) < 2:
         return []
     before, after = ({(s.id.prompt, s.id.trajectory): s for s in load_samples(f)} for f in (same[0], same[-1]))

@@ -18,7 +18,7 @@ from ..inspection.plain import finite
 from ..inspection.selection import Selection
 from ..inspection.terminal import group_listing, listing, whole
 from ..inspection.tokens import Vocabulary, quantities, stretches
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..run_dir import RunDir
 from ..sample import Sample
 from .drive import console, errors

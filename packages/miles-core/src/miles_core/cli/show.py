@@ -28,12 +28,20 @@ def plan(config: RunConfig) -> Tree:
             origin = (
                 f"trainer {model.trainer.use}"
                 if model.trainer.brings_weights
-                else f"from {model.path or made}, trainer {model.trainer.use}"
+                else f"from {model.path or made}, trainer {model.trainer.use}{_adapter(model)}"
             )
             branch.add(f"{model.role} [bold]{model_name}[/] {origin}{_learning(model)}")
         for evaluator, plugin in stage.evaluators.items():
             branch.add(f"evaluator {evaluator} ({plugin.use}) every {stage.every.evaluate} steps")
     return tree
+
+
+def _adapter(model: ModelConfig) -> str:
+    """`` with lora (rank 8)``."""
+    if model.lora is None:
+        return ""
+    said = ", ".join(f"{key} {value}" for key, value in model.lora.model_dump(exclude_none=True).items())
+    return f" with lora ({said})" if said else " with lora"
 
 
 def _learning(model: ModelConfig) -> str:

@@ -15,5 +15,6 @@ class ProcessesConfig(PluginConfig):
     point: ClassVar[str] = "cluster"
     target: ClassVar[str] = "miles_core.clusters.processes:Processes"
 
-    threads: int = Field(1, ge=1)
-    """Threads that a rank computes with (OMP_NUM_THREADS)."""
+    threads: int | None = Field(None, ge=1)
+    """Threads that a rank computes with. None: as OMP_NUM_THREADS says, else the cores of this machine divided by a
+    model's ranks."""

@@ -24,10 +24,10 @@ _numbers = itertools.count()
 class ForkServer:
     """The process that imports a worker's module and forks ranks."""
 
-    def __init__(self, module: str, threads: int, log: Path) -> None:
+    def __init__(self, module: str, log: Path) -> None:
         ours, theirs = socket.socketpair()
         environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait take the cores from other ranks
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask whether there is CUDA must not start it: a fork could not use it then
         }
@@ -60,11 +60,11 @@ class ForkServer:
             self._ask(("load", worker_module, list(sys.path)), [], end, f"module {worker_module!r} to be imported", seconds)
             self._loaded = True
 
-    def fork(self, logs: list[str], ends: list[socket.socket], end: float, seconds: float) -> int:
-        """Fork a rank for each log; returns the group's number."""
+    def fork(self, logs: list[str], ends: list[socket.socket], threads: int, end: float, seconds: float) -> int:
+        """Fork a rank for each log, each to compute with so many threads; returns the group's number."""
         number = next(_numbers)
         with self._lock:
-            request = ("fork", number, logs, list(sys.path), str(Path.cwd()))
+            request = ("fork", number, logs, threads, list(sys.path), str(Path.cwd()))
             self._ask(request, [e.fileno() for e in ends], end, f"{len(ends)} ranks to be forked", seconds)
         for one in ends:
             one.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -47,19 +48,32 @@ class Processes:
         module = worker.partition(":")[0]
         group.logs[0].parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
+            if group.given_up:  # and perhaps the cluster closed
+                raise RunError(f"the start of {group.name} was given up")
             server = self._servers.get(module)
             if server is None or not server.alive:
-                server = self._servers[module] = ForkServer(module, self._threads, group.logs[0].parent / f"{group.name}-import.log")
+                server = self._servers[module] = ForkServer(module, group.logs[0].parent / f"{group.name}-import.log")
         server.load(module, end, seconds)
-        group.launch(server, worker, arguments, end, seconds)
+        group.launch(server, worker, arguments, self._threads or threads_of(group.size), end, seconds)
 
     async def close(self) -> None:
         """See ``Cluster.close``."""
         for group in self._groups:
             await group.close()
-        for server in self._servers.values():
-            await asyncio.to_thread(server.close)
-        self._groups, self._servers = [], {}
+        await asyncio.to_thread(self._close_servers)
+        self._groups = []
+
+    def _close_servers(self) -> None:
+        with self._lock:  # one that is just being started is waited for: nobody else would end it
+            servers, self._servers = list(self._servers.values()), {}
+        for server in servers:
+            server.close()
+
+
+def threads_of(ranks: int) -> int:
+    """Threads for each of a model's ranks: as OMP_NUM_THREADS says, else a share of the cores that this process may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) else max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 class LocalRanks:
@@ -79,7 +93,7 @@ class LocalRanks:
         self._busy = threading.Lock()
         self._open: Exchange | None = None  # a stream between two items
         self.ended: str | None = None
-        self._given_up = False
+        self.given_up = False
 
     # ---- what a controller calls
 
@@ -117,21 +131,21 @@ class LocalRanks:
 
     # ---- what the cluster and exchanges call
 
-    def launch(self, server: ForkServer, worker: str, arguments: list[tuple], end: float, seconds: float) -> None:
+    def launch(self, server: ForkServer, worker: str, arguments: list[tuple], threads: int, end: float, seconds: float) -> None:
         """Fork the ranks and build the worker on each."""
         self.server = server
         pairs = [socket.socketpair() for _ in range(self.size)]
         self.connections = [ours for ours, _ in pairs]
-        self.number = server.fork([str(log) for log in self.logs], [theirs for _, theirs in pairs], end, seconds)
-        if self._given_up:
+        self.number = server.fork([str(log) for log in self.logs], [theirs for _, theirs in pairs], threads, end, seconds)
+        if self.given_up:
             self.end(f"the start of {self.name} was given up")
         self._call("build", worker, arguments, end, seconds, "the ranks to get ready")
-        if self._given_up:
+        if self.given_up:
             self.end(f"the start of {self.name} was given up")
 
     def give_up(self) -> None:
         """The start failed or is not waited for any more: end what there is, now or as soon as there is something."""
-        self._given_up = True
+        self.given_up = True
         if self.number >= 0:
             self.end(f"the start of {self.name} was given up")
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from .. import errors
 from ..errors import MilesError
-from ..plugins import import_object
+from ..plugin_finding import import_object
 from ..protocols.cluster import Place
 from . import wire
 
@@ -53,8 +53,7 @@ class Failure:
         """What is to be told of an exception."""
         text = "".join(traceback.format_exception(error))
         if isinstance(error, MilesError):
-            known = next(c for c in type(error).__mro__ if getattr(errors, c.__name__, None) is c)
-            return Failure(known.__name__, str(error), text)
+            return Failure(errors.class_name(error), str(error), text)
         return Failure(None, f"{type(error).__name__}: {error}".removesuffix(": "), text)
 
 
@@ -106,7 +105,7 @@ class _Server:
         importlib.import_module(module)
         gc.freeze()  # what is shared with the ranks need not be written to again
 
-    def fork(self, group: int, logs: list[str], path: list[str], cwd: str, descriptors: list[int]) -> list[int]:
+    def fork(self, group: int, logs: list[str], threads: int, path: list[str], cwd: str, descriptors: list[int]) -> list[int]:
         """Fork one rank for each log; each gets its end of a socket pair. Returns their pids."""
         directory = tempfile.mkdtemp(prefix="miles-ranks-")
         self.groups[group] = entry = _Group([], directory)
@@ -114,7 +113,7 @@ class _Server:
         sys.stdout.flush()
         sys.stderr.flush()
         for rank, log in enumerate(logs):
-            place = Place(rank, len(logs), rank, f"file://{directory}/store")
+            place = Place(rank, len(logs), rank, f"file://{directory}/store", threads)
             pid = os.fork()
             if pid == 0:
                 _be_a_rank(place, log, cwd, descriptors, self.control)
@@ -159,6 +158,7 @@ def _be_a_rank(place: Place, log: str, cwd: str, descriptors: list[int], control
                 os.close(descriptor)  # an end that a brother kept open would hide that a rank died
         _print_to(log, place)
         os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)}
+        os.environ["OMP_NUM_THREADS"] = str(place.threads)  # for libraries that are not loaded yet; torch is told by the worker
         os.chdir(cwd)
         if os.getppid() == server:  # else it died before prctl
             _serve(socket.socket(fileno=descriptors[place.rank]), place)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plugins import EXTRAS
+from ..plugin_finding import EXTRAS
 
 
 def local_path(text: str, setting: str) -> Path:

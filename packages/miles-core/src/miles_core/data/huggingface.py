@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import Field
 
 from ..errors import ConfigError, DataError
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..protocols import BuildContext
 from . import lacking, local_path
 from .rows import RowOptions, Rows, RowSource, check_columns

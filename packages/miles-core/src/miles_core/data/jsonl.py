@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..protocols import BuildContext
 from . import lacking, local_path
 from .rows import RowOptions, RowSource

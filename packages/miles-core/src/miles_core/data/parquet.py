@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from ..errors import ConfigError, DataError
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..protocols import BuildContext
 from . import lacking, local_path
 from .order import Blocks

@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import DataError
-from ..plugins import PluginConfig, did_you_mean
+from ..plugin_finding import did_you_mean
+from ..plugins import PluginConfig
 from ..protocols import BuildContext, Passage, Prompt
 from ..randomness import shuffled
 from .chat import Chat, Template, conversation

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..config import ModelConfig, RunConfig
-from ..models import HUB_ID
+from ..models import is_hub_id
 from ..run_dir import RunDir
 
 LIBRARIES = ("miles-core", "miles-train", "miles-rollout", "torch", "transformers")
@@ -30,7 +30,23 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 """
 
 
-def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int, title: str) -> str:
+USE_ADAPTER = """
+
+## Use
+
+The directory holds an adapter (LoRA); the model that it belongs to is named in `adapter_config.json`.
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+"""
+
+
+def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int, title: str, adapter_of: str | None = None) -> str:
     """The text of ``README.md``.
 
     Args:
@@ -39,12 +55,18 @@ def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int,
         name: The model.
         step: Steps of the run that they have been through.
         title: The directory's name.
+        adapter_of: The model that the directory holds an adapter of, which a stage may have trained; None where it holds a whole one.
     """
     model = config.stages[stage].models[name]
     base = base_of(config, name)
-    hub = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["miles", "reinforcement-learning"]}
-    if base.path is not None and is_hub_id(base.path):
-        hub["base_model"] = base.path
+    hub = {
+        "library_name": "peft" if adapter_of else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["miles", "reinforcement-learning"],
+    }
+    beside = adapter_of or base.path
+    if beside is not None and is_hub_id(beside):
+        hub["base_model"] = beside
     facts = {
         "run": f"{config.name}, seed {config.seed}",
         "base model": said_of(base),
@@ -65,17 +87,12 @@ def model_card(run: RunDir, config: RunConfig, stage: str, name: str, step: int,
         lines += _table(("metric", "value", "step"), [(k, _number(v), s) for k, (v, s) in metrics.items()])
     if any(name.startswith("mismatch/") for name in metrics):
         lines += ["", note]
-    return "\n".join(lines) + USE.replace("DIRECTORY", title)
+    return "\n".join(lines) + (USE_ADAPTER if adapter_of else USE).replace("DIRECTORY", title)
 
 
 def base_of(config: RunConfig, name: str) -> ModelConfig:
     """The model as the first stage that has it starts it."""
     return next(s.models[name] for s in config.stages.values() if name in s.models)
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a model's path names a model of the Hugging Face hub, not a directory of this machine."""
-    return HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def said_of(base: ModelConfig) -> str:

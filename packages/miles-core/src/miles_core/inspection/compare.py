@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..run_dir import RunDir
 from .tokens import run_config
 

@@ -1,4 +1,4 @@
-"""``miles export RUN DIR``: a policy of a run as a Hugging Face directory with its tokenizer and a model card.
+"""``miles export RUN DIR``: a policy of a run as a Hugging Face (or, with LoRA, PEFT) directory with its tokenizer and a model card.
 
 The end of a finished run lies there as such a directory and is copied; a checkpoint is loaded into the trainer that wrote it, which
 then exports. Nothing in the run's directory is changed.
@@ -17,7 +17,8 @@ from pathlib import Path
 from .. import cut
 from ..config import RunConfig, StageConfig
 from ..errors import CheckpointError, ConfigError, MilesError, RunError
-from ..plugins import did_you_mean
+from ..lora import base_of, holds_model, is_adapter, name_base
+from ..plugin_finding import did_you_mean
 from ..protocols import BuildContext
 from ..run_dir import RunDir
 from .card import model_card
@@ -40,7 +41,7 @@ class Source:
     finished: bool
 
 
-def export(run: RunDir, target: Path, step: int | None = None, model: str | None = None) -> Source:
+def export(run: RunDir, target: Path, step: int | None = None, model: str | None = None, merge: bool = False) -> Source:
     """Write ``target``, whole or not at all.
 
     Args:
@@ -48,9 +49,10 @@ def export(run: RunDir, target: Path, step: int | None = None, model: str | None
         target: A directory that does not exist yet.
         step: Of the run; without it the end of a finished run, else its newest cut.
         model: The policy, where there are several.
+        merge: Add an adapter to its model's weights. Else it is written as a PEFT directory, which names its model.
 
     Raises:
-        ConfigError: ``target`` exists; or there is no such step or policy.
+        ConfigError: ``target`` exists; there is no such step or policy; or it has no adapter to merge.
         CheckpointError: The run has saved nothing yet, or the cut is damaged, or vanishes meanwhile.
         RunError: The directory cannot be written.
     """
@@ -66,9 +68,14 @@ def export(run: RunDir, target: Path, step: int | None = None, model: str | None
             written = Path(scratch) / "model"
             if source.finished:
                 copy_files(saved, source.directory, written)
+                if is_adapter(written):
+                    name_base(written, base_of(source.directory))
             else:
                 asyncio.run(export_cut(run, config, source, name, written))
-            (written / "README.md").write_text(model_card(run, config, source.stage, name, source.step, target.resolve().name))
+            if merge:
+                written = merged(written, Path(scratch) / "merged")
+            adapter_of = base_of(written) if is_adapter(written) else None
+            (written / "README.md").write_text(model_card(run, config, source.stage, name, source.step, target.resolve().name, adapter_of))
             os.replace(written, target)
     except (OSError, MilesError) as error:
         if lost := next((path for path in saved if not os.access(path, os.R_OK)), None):
@@ -80,6 +87,17 @@ def export(run: RunDir, target: Path, step: int | None = None, model: str | None
             raise
         raise RunError(f"{target} cannot be written: {error.strerror or error}. Is there room, and is it yours to write to?") from error
     return source
+
+
+def merged(adapter: Path, directory: Path) -> Path:
+    """``directory``, with the sum of an adapter and its model. Raises ConfigError if it is none."""
+    from ..adapters import merge
+    from ..starts import base_directory
+
+    if not is_adapter(adapter):
+        raise ConfigError("the policy was trained without lora: its weights are whole already; leave --merge out")
+    merge(adapter, base_directory(adapter)[1], directory)
+    return directory
 
 
 def copy_files(files: list[Path], source: Path, target: Path) -> None:
@@ -105,7 +123,7 @@ def source_of(run: RunDir, config: RunConfig, step: int | None, name: str) -> So
     """The end of the run, or a cut. Raises ConfigError where there is no such step, CheckpointError where nothing is saved at all."""
     total = sum(stage.steps for stage in config.stages.values())
     final = run.models / "final" / name
-    has_final = (final / "config.json").is_file()
+    has_final = holds_model(final)
     if has_final and step in (None, total):
         return Source(total, list(config.stages)[-1], final, finished=True)
     cuts = {int(found[1]): p for p in run.checkpoints.glob("step-*") if (found := re.fullmatch(r"step-(\d+)", p.name))}
@@ -125,7 +143,7 @@ def source_of(run: RunDir, config: RunConfig, step: int | None, name: str) -> So
 
 async def export_cut(run: RunDir, config: RunConfig, source: Source, name: str, directory: Path) -> None:
     """Build the trainer of a cut's model, load the cut, have it export. Needs what the run needed."""
-    from ..assembly import build_trainer, device_of, model_paths
+    from ..assembly import build_trainer, device_of, model_starts
     from ..tokenizers import load_tokenizer
     from ..waiting import deadline
 
@@ -136,11 +154,12 @@ async def export_cut(run: RunDir, config: RunConfig, source: Source, name: str, 
     with tempfile.TemporaryDirectory(prefix="miles-export-") as scratch:  # what trainers and ranks write on the way is not the run's
         base = BuildContext(Path(scratch), config.name, config.seed, device=device_of(config), stage=stage, stage_name=source.stage)
         data = stage.data.build(base)
-        path = (await asyncio.to_thread(model_paths, config, source.stage, run, data)).get(name)
+        begun = (await asyncio.to_thread(model_starts, config, source.stage, run, data)).get(name)
         base.cluster = config.cluster.build(base)
         model = stage.models[name]
-        base.model, base.role, base.total_steps, base.model_path = name, model.role, stage.steps, path
-        base.tokenizer = load_tokenizer(path) if path else None
+        base.model, base.role, base.total_steps = name, model.role, stage.steps
+        if begun is not None:
+            base.model_path, base.lora, base.tokenizer = begun.path, begun.lora, load_tokenizer(begun.tokenizer)
         trainer = build_trainer(model, base)
         try:
             await deadline(trainer.start(), stage.deadlines.start, "the export", f"the trainer of {name} to get ready")

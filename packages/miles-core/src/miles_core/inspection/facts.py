@@ -16,7 +16,7 @@ from ..run_dir import RunDir
 from ..sample import Sample
 from ..sample_io import load_samples, read_headers
 
-NAMES = re.compile(r"(?:step|eval-(?P<evaluator>[A-Za-z0-9][A-Za-z0-9_-]*))-(?P<step>\d+)\.safetensors")
+NAMES = re.compile(r"(?:step|eval-(?P<evaluator>[A-Za-z0-9][A-Za-z0-9_.-]*))-(?P<step>\d+)\.safetensors")
 ADDRESS = re.compile(r"(?:(?P<evaluator>.+)@)?(?P<step>\d+):(?P<number>\d+)")
 TRAIN = "(train)"
 """The source of what was trained: no evaluator can be called so, since names have no parentheses."""
@@ -26,9 +26,9 @@ class Facts(NamedTuple):
     """One sample of a trajectory, without its tokens.
 
     Attributes:
-        address: What ``miles inspect RUN ADDRESS`` shows in full: ``STEP:NUMBER``, or ``EVALUATOR@STEP:NUMBER``.
+        address: What ``miles inspect RUN ADDRESS`` shows in full: ``STEP:NUMBER``, or ``STAGE.EVALUATOR@STEP:NUMBER``.
         step: The step that trained it, or after which it was evaluated.
-        source: ``(train)``, or the evaluator's name.
+        source: ``(train)``, or stage and name of the evaluator: ``rl.held_out``.
         policy, prompt_id, group, trajectory, branch, attempt: Its id.
         prompt: As text; messages as JSON.
         reward: The trajectory's, None if it has none (SFT).
@@ -164,7 +164,7 @@ def sample_at(run: RunDir, address: str) -> tuple[Facts, Sample]:
     """
     found = ADDRESS.fullmatch(address)
     if not found:
-        raise ConfigError(f"{address!r} is no trajectory's address; expected STEP:NUMBER or EVALUATOR@STEP:NUMBER, as in the list")
+        raise ConfigError(f"{address!r} is no trajectory's address; expected STEP:NUMBER or STAGE.EVALUATOR@STEP:NUMBER, as in the list")
     step, source, number = int(found["step"]), found["evaluator"] or TRAIN, int(found["number"])
     of_step = files_of_steps(run, (step,))
     file = next((f for f in of_step if f.source == source), None)

@@ -14,7 +14,7 @@ from rich.text import Text
 from ..sample import Sample
 from .facts import Facts
 from .groups import GroupFacts
-from .tokens import RATIO, Stretch, doc_of, intensities, quantities, stretches
+from .tokens import RATIO, Stretch, doc_of, intensities, quantities, stretches, why_nothing
 
 HIGH, LOW = (120, 190, 255), (255, 170, 110)
 """Backgrounds of what is full: +1 and −1."""
@@ -78,7 +78,7 @@ def whole(facts: Facts, sample: Sample, by: str, texts: list[str] | None) -> Gro
         "reward": f"{_number(facts.reward)} {parts(facts.rewards)}",
         "status": f"{facts.status}, {facts.length} tokens: {facts.sampled} sampled by version {_versions(facts)}, {facts.trained} trained",
         "label": "" if sample.label is None else one_line(str(sample.label), 200),
-        "colour": f"{by}: {doc_of(by)}; {_spread(by, values, sample)}",
+        "colour": f"{by}: {doc_of(by)}; {_spread(by, values, sample)}{why_nothing(by, sample)}",
     }
     for name, said in known.items():
         if said:

@@ -12,13 +12,17 @@ import numpy as np
 
 from ..columns import COLUMNS
 from ..errors import ConfigError
+from ..lora import base_of, is_adapter
 from ..run_dir import RunDir
 from ..sample import Sample
 from ..tokenizers import load_tokenizer
 
 Scale = Literal["flag", "version", "logprob", "ratio", "signed"]
 RATIO = "ratio"
-RATIO_DOC = "exp(old_logprobs − logprobs): the token under the weights before the step, over the rollout's"
+RATIO_DOC = (
+    "exp(old_logprobs − logprobs): the token under the weights before the step, over the rollout's; not known of samples that a step was "
+    "taken without, since their advantage is 0"
+)
 UNFINISHED = ".partial"
 """At the end of the name of a directory that is being written."""
 LEAST_LOGPROB, CLIP = -5.0, 0.2
@@ -55,6 +59,16 @@ def log_ratio(sample: Sample) -> np.ndarray:
     old = sample.columns["old_logprobs"]
     assert isinstance(old, np.ndarray)
     return (old.astype(np.float64) - sample.logprobs).astype(np.float32)
+
+
+def why_nothing(name: str, sample: Sample) -> str:
+    """Why a quantity that was recorded of others says nothing of any trained token here; empty if it does, or nobody can tell."""
+    values, trained = quantities(sample)[name].astype(np.float64), sample.loss_mask
+    advantages = sample.columns.get("advantages")
+    known = np.isfinite(values[trained]).any() or not trained.any()
+    if known or not isinstance(advantages, np.ndarray) or advantages[trained].any():
+        return ""
+    return "; its advantage is 0, so the step was taken without it (skip_zero_advantages), and nothing was computed of its tokens"
 
 
 def doc_of(name: str) -> str:
@@ -146,7 +160,8 @@ def tokenizer_directory(run: RunDir, policy: str) -> Path | None:
     if own:
         return own[0].parent
     given = [m.get("path") for s in run_config(run).get("stages", {}).values() for n, m in s.get("models", {}).items() if n == policy]
-    return next((Path(p) for p in given if p and (Path(p) / "tokenizer_config.json").is_file()), None)
+    directories = [d for p in given if p for d in (Path(p), *([Path(base_of(Path(p)))] if is_adapter(Path(p)) else []))]
+    return next((d for d in directories if (d / "tokenizer_config.json").is_file()), None)
 
 
 def run_config(run: RunDir) -> dict[str, Any]:

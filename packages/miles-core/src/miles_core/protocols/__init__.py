@@ -20,7 +20,17 @@ from .algorithms import (
 )
 from .cluster import Cluster, Place, Ranks
 from .data import DataSource, NeedsTokenizer, Ordered, Passage, Prompt, Tokenizer
-from .engine import GenerateRequest, Generation, RolloutEngine, SamplingParams, SharesMemory, WeightSink, WeightSource, WeightTransport
+from .engine import (
+    GenerateRequest,
+    Generation,
+    RolloutEngine,
+    SamplingParams,
+    SharesMemory,
+    TakesBroadcasts,
+    WeightSink,
+    WeightSource,
+    WeightTransport,
+)
 from .rollout import (
     Environment,
     Generate,
@@ -77,6 +87,7 @@ __all__ = [
     "SharesMemory",
     "StepReport",
     "Tokenizer",
+    "TakesBroadcasts",
     "Tracker",
     "Trainer",
     "Trajectory",

@@ -22,12 +22,14 @@ class Place:
         size: How many there are.
         local_rank: Index among the ranks on its machine, which is that of its device.
         rendezvous: Where all ranks of the group can meet: an ``init_method`` of torch.distributed, used by no other group.
+        threads: What it is to compute with on a CPU.
     """
 
     rank: int
     size: int
     local_rank: int
     rendezvous: str
+    threads: int
 
 
 class Ranks(Protocol):

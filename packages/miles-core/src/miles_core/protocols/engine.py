@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -83,7 +84,8 @@ class WeightSource(Protocol):
     """Gives weights: a trainer."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, tensor) of every weight, in a fixed order, in the dtype the forward pass uses. Tied weights once.
+        """(Hugging Face name, tensor) of every weight, in a fixed order, in the dtype the forward pass uses. Tied weights once. Where an
+        adapter is trained (``BuildContext.lora``) it is the weights of that alone, by the names in PEFT's files.
 
         Taken from lazily and in a thread: it may wait for other processes, and need never hold all weights at a time.
         """
@@ -113,6 +115,15 @@ class WeightSink(Protocol):
     version: int
     """Version of the weights it serves."""
 
+    def syncing(self) -> AbstractAsyncContextManager[None]:
+        """Around all of a publish: what is sent, and what proves that it arrived.
+
+        While the block runs nothing is sampled: requests wait. At its end the weights that arrived in it are stamped with their version
+        and served. If it raises after weights changed, the engine serves nothing until another block succeeds. ``update_weights`` and
+        ``load_weights`` are blocks of their own, and parts of the one they are called in (by its task or one that it started).
+        """
+        ...
+
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights in place; tokens sampled from here on carry ``version``. ``weights`` is gone through once, in a thread.
 
@@ -128,6 +139,14 @@ class WeightSink(Protocol):
 
     async def checksum(self) -> str:
         """Digest of the weights it holds; equal on engines of one kind and layout that hold the same."""
+        ...
+
+
+class TakesBroadcasts(Protocol):
+    """A weight sink whose processes can be in a process group with the run's."""
+
+    async def broadcast_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """``WeightSink.update_weights`` through the group, which is made where there is none and anew after a failure."""
         ...
 
 
@@ -160,7 +179,7 @@ class RolloutEngine(WeightSink, Protocol):
         Raises:
             DataError: A token id is outside the vocabulary, the context is empty, or it is longer than the engine takes.
             InfrastructureFailure: A server died or did not answer; the trajectory is issued again.
-            RunError: No server is left.
+            RunError: No server is left, or an update of the weights failed.
         """
         ...
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..lora import Lora
 from ..sample import Sample
 from .algorithms import Aggregation, LossTerm
 from .cluster import Cluster
@@ -60,6 +61,7 @@ class BuildContext:
         total_steps: Calls of ``Trainer.step`` in this stage (for schedules).
         stage: The ``StageConfig`` it is built for.
         cluster: Starts the processes that a model is spread over; None where nothing may be started.
+        lora: The adapter of that model, beside the frozen weights in ``model_path``; None where all weights are the model's own.
         stage_name: Its name; models that stages before trained are in ``run_dir/models/<stage_name>``.
     """
 
@@ -78,3 +80,4 @@ class BuildContext:
     stage: Any = None
     cluster: Cluster | None = None
     stage_name: str = ""
+    lora: Lora | None = None

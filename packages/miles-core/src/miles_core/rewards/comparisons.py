@@ -11,7 +11,7 @@ from ..plugins import RewardConfig
 from ..protocols import BuildContext
 from ..sample import Sample
 from .patterns import ExtractorText, extract
-from .texts import end_of_text, references_of, response_of
+from .texts import ends_of_text, references_of, response_of
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -47,12 +47,12 @@ class _Compared:
     """Reads the answer of a sample and what it is compared with."""
 
     def __init__(self, config: ExactMatch | F1, context: BuildContext):
-        self.config, self._end = config, end_of_text(context)
+        self.config, self._ends = config, ends_of_text(context)
 
     def read(self, sample: Sample) -> tuple[str | None, list[str]]:
         """Answer (None: no match) and references."""
         name, config = self.config.use, self.config
-        references, answer = references_of(sample, name), response_of(sample, self._end, name)
+        references, answer = references_of(sample, name), response_of(sample, self._ends, name)
         if config.answer is None:
             return answer, references
         return extract(config.answer, answer, config.timeout_s, f"reward {name} of sample {sample.id}"), references

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 
 from ..errors import ConfigError, DataError, InfrastructureFailure
-from ..plugins import EXTRAS, RewardConfig
+from ..plugin_finding import EXTRAS
+from ..plugins import RewardConfig
 
 if TYPE_CHECKING:
     import httpx

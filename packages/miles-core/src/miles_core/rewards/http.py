@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..protocols import BuildContext, Score
 from ..sample import Sample
 from .endpoint import EXCERPT, Endpoint, EndpointConfig, Url
-from .texts import end_of_text, response_of
+from .texts import ends_of_text, response_of
 
 
 class Http(EndpointConfig):
@@ -43,7 +43,7 @@ class HttpReward:
     """Asks the service; see the module for what is sent and what may come back."""
 
     def __init__(self, config: Http, context: BuildContext):
-        self.config, self._end = config, end_of_text(context)
+        self.config, self._ends = config, ends_of_text(context)
         self._service = Endpoint(config, config.url)
 
     async def __call__(self, given: Sample | list[Sample]) -> Score | list[Score]:
@@ -71,7 +71,7 @@ class HttpReward:
         told = {
             "id": str(sample.id),
             "prompt": sample.prompt,
-            "response": response_of(sample, self._end, "http"),
+            "response": response_of(sample, self._ends, "http"),
             "label": sample.label,
             "status": str(sample.status),
             "metadata": {name: value for name, value in sample.metadata.items() if name != "response"},

@@ -14,13 +14,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..data import local_path
 from ..errors import ConfigError, DataError, MilesError, RunError
-from ..plugins import did_you_mean
+from ..plugin_finding import did_you_mean
 from ..protocols import BuildContext, Score
 from ..sample import Sample
 from ..waiting import in_daemon_thread
 from .endpoint import EXCERPT, Endpoint, EndpointConfig, Url
 from .patterns import ExtractorText, extract
-from .texts import as_text, end_of_text, response_of
+from .texts import as_text, ends_of_text, response_of
 
 FIELDS = ("prompt", "response", "label")
 """What a template may name."""
@@ -108,7 +108,7 @@ class JudgeReward:
     """Asks the judge about one sample; its reward is from 0 to 1, and its part ``unscored`` counts answers without a score."""
 
     def __init__(self, config: Judge, context: BuildContext):
-        self.config, self._end, self._template = config, end_of_text(context), read_template(config)
+        self.config, self._ends, self._template = config, ends_of_text(context), read_template(config)
         self._service = Endpoint(config, f"{config.base_url.rstrip('/')}/chat/completions")
         self._names_label = any(name == "label" for _, name, _, _ in Formatter().parse(self._template))
 
@@ -141,7 +141,7 @@ class JudgeReward:
     def _message(self, sample: Sample) -> str:
         if self._names_label and sample.label is None:
             raise DataError(f"sample {sample.id} has no label, which the template of reward judge names; take it out of the template")
-        response = response_of(sample, self._end, "judge")
+        response = response_of(sample, self._ends, "judge")
         return self._template.format(prompt=as_text(sample.prompt), response=response, label=as_text(sample.label))
 
     def _text(self, answer: Any, subject: str) -> str:

@@ -22,7 +22,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from ..errors import DataError, PluginError, RunError
-from ..plugins import EXTRAS, RewardConfig
+from ..plugin_finding import EXTRAS
+from ..plugins import RewardConfig
 from ..protocols import BuildContext
 from ..sample import Sample
 

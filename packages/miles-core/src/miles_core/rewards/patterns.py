@@ -11,10 +11,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator
 
 from ..errors import RunError
-from ..plugins import EXTRAS, RewardConfig
+from ..plugin_finding import EXTRAS
+from ..plugins import RewardConfig
 from ..protocols import BuildContext
 from ..sample import Sample
-from .texts import end_of_text, response_of
+from .texts import ends_of_text, response_of
 
 
 @functools.cache
@@ -92,7 +93,7 @@ class RegexReward:
     """Searches ``metadata["response"]``, without the end of text at its end."""
 
     def __init__(self, config: Regex, context: BuildContext):
-        self.config, self._end = config, end_of_text(context)
+        self.config, self._ends = config, ends_of_text(context)
 
     def __call__(self, sample: Sample) -> float:
         """1.0 or 0.0.
@@ -101,5 +102,5 @@ class RegexReward:
             DataError: The sample has no response.
             RunError: The pattern took longer than ``timeout_s``.
         """
-        response = response_of(sample, self._end, "regex")
+        response = response_of(sample, self._ends, "regex")
         return float(matches(self.config.pattern, response, self.config.timeout_s, f"reward regex of sample {sample.id}"))

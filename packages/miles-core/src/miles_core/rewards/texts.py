@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .. import model_files
 from ..errors import DataError
 from ..protocols import BuildContext
 from ..sample import Sample
 
 
-def end_of_text(context: BuildContext) -> str:
-    """The text of the policy's end-of-text token; "" where there is no tokenizer or no such token."""
+def ends_of_text(context: BuildContext) -> tuple[str, ...]:
+    """The texts of the tokens that end what the policy writes, the longest first; empty where there is no tokenizer or no such token."""
     tokenizer = context.tokenizer
-    return "" if tokenizer is None or tokenizer.eos_token_id is None else tokenizer.decode([tokenizer.eos_token_id])
+    if tokenizer is None:
+        return ()
+    own = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    ids = own if context.model_path is None else model_files.ends_of_text(context.model_path, tokenizer)
+    return tuple(sorted({text for id in ids if (text := tokenizer.decode([id]))}, key=lambda text: (-len(text), text)))
 
 
-def response_of(sample: Sample, end: str, reward: str) -> str:
-    """``metadata["response"]``, everything after the prompt, without the end of text at its very end.
+def response_of(sample: Sample, ends: tuple[str, ...], reward: str) -> str:
+    """``metadata["response"]``, everything after the prompt, without the one end of text at its very end.
 
     Args:
         sample: Whose.
-        end: See ``end_of_text``.
+        ends: See ``ends_of_text``.
         reward: Who reads, for the message.
 
     Raises:
@@ -30,7 +35,7 @@ def response_of(sample: Sample, end: str, reward: str) -> str:
     response = sample.metadata.get("response")
     if not isinstance(response, str):
         raise DataError(f"sample {sample.id}: metadata['response'] is {response!r}; reward {reward} needs the response's text there")
-    return response.removesuffix(end)
+    return next((response.removesuffix(end) for end in ends if response.endswith(end)), response)
 
 
 def references_of(sample: Sample, reward: str) -> list[str]:

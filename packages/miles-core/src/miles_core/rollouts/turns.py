@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from ..builder import SampleBuilder
+from ..builder import SampleBuilder, encode
 from ..errors import DataError, InfrastructureFailure
-from ..protocols import GenerateRequest, Observation, SamplingParams, Trajectory
+from ..protocols import GenerateRequest, Generation, Observation, SamplingParams, Trajectory
 from ..sample import Sample, Status
 
 
@@ -50,10 +50,13 @@ async def turns(trajectory: Trajectory, *, max_turns: int = 16) -> list[Sample]:
             if generation.finish == "abort":
                 raise InfrastructureFailure(f"generation of {trajectory.id} was aborted")
             builder.append(generation, sampling)
-            ended = generation.finish == "stop" and builder.tokens[-1] == tokenizer.eos_token_id
+            said = builder.text(start)
+            ended = generation.finish == "stop" and (
+                builder.tokens[-1] == tokenizer.eos_token_id or not _stopped_as_asked(sampling, generation, said)
+            )
             if environment:
                 began = time.perf_counter()
-                observation = await environment.step(builder.text(start))
+                observation = await environment.step(said)
                 seconds["environment"] += time.perf_counter() - began
                 seen.append(observation)
                 ended = ended or observation.done
@@ -62,13 +65,20 @@ async def turns(trajectory: Trajectory, *, max_turns: int = 16) -> list[Sample]:
                 break
             if environment is None or generation.finish == "length":
                 break
-            answer = tokenizer.encode(observation.text, add_special_tokens=False)
+            answer = encode(tokenizer, observation.text, add_special_tokens=False)
             if limit is not None and len(builder.tokens) + len(answer) >= limit:
                 break
             builder.inject_ids(answer, role="environment")
     finally:
         await engine.release(str(trajectory.id))
     return [builder.finish(status, **_facts(trajectory, seen), timings=seconds)]
+
+
+def _stopped_as_asked(sampling: SamplingParams, generation: Generation, said: str) -> bool:
+    """Whether a generation that stopped did so at an id or text of its settings. Else the policy ended its text: models have several ids
+    for that, tokenizers name one."""
+    last = generation.tokens[-1:].tolist()
+    return any(id in sampling.stop_token_ids for id in last) or any(text in said for text in sampling.stop)
 
 
 def _remaining(trajectory: Trajectory, builder: SampleBuilder, observation: Observation) -> SamplingParams | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from miles_core.adapters import Adapter
 from miles_core.digests import checksum
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, MilesError, RunError
-from miles_core.protocols import BuildContext, GenerateRequest, Generation, Tokenizer
+from miles_core.model_files import ends_of_text
+from miles_core.protocols import BuildContext, GenerateRequest, Generation
 
+from ..gate import Gate
 from ..plugins import LocalEngineConfig
 from ..requests import check_request
 from .model import SlotModel, load_model
@@ -25,6 +29,9 @@ from .stops import Stops
 from .weights import Weights, read_weights
 
 T = TypeVar("T")
+
+GATHERING = 0.001
+"""Seconds for which an engine that was idle waits for one more request before it begins."""
 
 
 class LocalEngine:
@@ -42,22 +49,26 @@ class LocalEngine:
 
         Raises:
             ConfigError: There is no model, its kind is not supported, or ``max_length`` is more than it has positions.
+            DataError: An adapter belongs to another model.
         """
         if context.model_path is None:
             raise ConfigError("the local engine samples from a model, and its context names none (model_path)")
         dtype = config.dtype or ("float32" if context.device == "cpu" else "bfloat16")
         model = load_model(context.model_path, getattr(torch, dtype), torch.device(context.device))
         self.max_length = _max_length(config.max_length, model)
-        self._model = SlotModel(model, context.bitwise)
-        self._weights = Weights(model)
-        self._stops = Stops(context.tokenizer, end_of_text(model, context.tokenizer), self._model.vocab_size)
+        self._adapter = Adapter(model, context.lora, context.model_path) if context.lora else None
+        with self._adapter.noisy() if self._adapter else nullcontext():
+            self._model = SlotModel(model, context.bitwise)
+        self._weights = Weights(model, self._adapter)
+        self._stops = Stops(context.tokenizer, ends_of_text(context.model_path, context.tokenizer), self._model.vocab_size)
+        self._max_batch = config.max_batch
         self._scheduler = Scheduler(self._model, self._stops, config.max_batch, self.max_length)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="miles-local-engine")
         self._inbox: list[Call | Release] = []
         self._calls: dict[str, Call] = {}
         self._wake = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
-        self._updates = 0
+        self._gate = Gate("local")
         self._closed = False
 
     async def start(self) -> None:
@@ -82,6 +93,7 @@ class LocalEngine:
             DataError: The request is malformed, names a token outside the vocabulary or fills the context already, or its session
                 has another call running.
             InfrastructureFailure: A step failed, or the engine was closed meanwhile.
+            RunError: It was closed before, or an update of the weights failed.
         """
         self._check(request)
         call = Call(request, self._stops.may_end(request.sampling), asyncio.get_running_loop().create_future())
@@ -127,19 +139,29 @@ class LocalEngine:
 
     async def _serve_some(self) -> None:
         """Wait for something to do, run steps until one finishes something, and hand that back."""
-        if not self._inbox and self._scheduler.idle:
-            self._wake.clear()
-            await self._wake.wait()
+        if self._scheduler.idle:
+            if not self._inbox:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._until_all_are_here()
+        await self._gate.passed()
         inbox, self._inbox = self._inbox, []
         for call, generation in await self._in_worker(self._steps, inbox):
             if not call.reply.done():
                 call.reply.set_result(generation)
         await asyncio.sleep(0)  # callers whose next request is ready at once get into the next step
 
+    async def _until_all_are_here(self) -> None:
+        """Whoever samples many sequences sends one after the other; steps that begin without them cost as much as with them."""
+        seen = 0
+        while seen < len(self._inbox) < self._max_batch:
+            seen = len(self._inbox)
+            await asyncio.sleep(GATHERING)
+
     def _steps(self, inbox: list[Call | Release]) -> list[tuple[Call, Generation]]:
         """In the worker: going back to the event loop costs about as much as 10 rows, so not after every step."""
         finished = self._scheduler.step(inbox)
-        while not (finished or self._inbox or self._updates or self._closed or self._scheduler.idle):
+        while not (finished or self._inbox or self._gate.is_closed or self._closed or self._scheduler.idle):
             finished = self._scheduler.step([])
         return finished
 
@@ -147,7 +169,7 @@ class LocalEngine:
         """Every caller that waits gets an error of its own."""
         self._inbox.clear()
         for call in self._calls.values():
-            if isinstance(error, MilesError):
+            if isinstance(error, MilesError | InfrastructureFailure):
                 failure: Exception = type(error)(*error.args)
             else:
                 failure = InfrastructureFailure(f"the local engine failed: {type(error).__name__}: {error}")
@@ -160,23 +182,38 @@ class LocalEngine:
 
     # ---- weights ------------------------------------------------------------------------------------------------------
 
+    def syncing(self) -> AbstractAsyncContextManager[None]:
+        """The step in progress ends, then nothing is sampled while the block runs. See WeightSink."""
+        return self._gate.closed(self._hold, self._serve_version)
+
+    async def _hold(self) -> None:
+        if self._closed:
+            raise RunError("new weights came to an engine that is closed")
+        await self._in_worker(lambda: None)
+
+    async def _serve_version(self, version: int | None) -> None:
+        if version is not None:
+            self._scheduler.version = version
+
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights between two steps; see WeightSink. Raises DataError; nothing was changed then."""
-        if self._closed:
-            raise RunError(f"version {version} of the weights came to an engine that is closed")
-        self._updates += 1
-        try:
-            await self._in_worker(self._replace, weights, version)
-        finally:
-            self._updates -= 1
+        async with self.syncing():
+            before, self._gate.changing = self._gate.changing, version
+            try:
+                await self._in_worker(self._replace, weights)
+            except Exception:  # all or nothing; who was cancelled does not know
+                self._gate.changing = before
+                raise
 
-    def _replace(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def _replace(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._weights.replace(weights)
-        self._scheduler.version = version
         self._scheduler.drop_caches()
 
     async def load_weights(self, directory: Path, version: int) -> None:
-        """Replace the weights by those of a Hugging Face directory; see WeightSink. Raises DataError; nothing was changed then."""
+        """Replace the weights by those of a Hugging Face directory (an adapter's: PEFT); see WeightSink. Raises DataError, too where an
+        adapter was trained beside other weights than the engine's; nothing was changed then."""
+        if self._adapter is not None:
+            self._adapter.check_base(directory)
         await self.update_weights(read_weights(directory), version)
 
     async def checksum(self) -> str:
@@ -184,7 +221,7 @@ class LocalEngine:
         return await self._in_worker(lambda: checksum(self.named_weights()))
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(checkpoint name, view of what the model holds) of every weight, tied weights once."""
+        """(checkpoint name, view of what the model holds) of every weight, tied weights once; of an adapter its weights alone."""
         yield from self._weights.views.items()
 
     # ---- the end ------------------------------------------------------------------------------------------------------
@@ -202,18 +239,6 @@ class LocalEngine:
         self._worker.shutdown()
         self._weights.views.clear()
         self._model.close()
-
-
-def end_of_text(model: PreTrainedModel, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, and those of the model's generation config if the tokenizer's is among them.
-
-    Chat models name several there (end of turn, end of text). Where the tokenizer's is not one of them they are defaults that
-    have nothing to do with this vocabulary.
-    """
-    declared = model.generation_config.eos_token_id if model.generation_config else None
-    ids = frozenset(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    own = tokenizer.eos_token_id if tokenizer is not None else None
-    return ids if own is None or own in ids else frozenset([own])
 
 
 def _max_length(asked: int | None, model: PreTrainedModel) -> int:

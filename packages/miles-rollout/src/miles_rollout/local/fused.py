@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from miles_core.adapters import NAME
+from miles_kernels.registry import backend
 
 from .cache import SlotCache
 
@@ -30,21 +35,54 @@ FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(), "qwen3": 
 
 
 @dataclass(frozen=True)
+class Up:
+    """One of several adapters side by side: ``weight`` [rank, out] times ``scale``, from its ``inner`` columns to its ``outer`` ones."""
+
+    weight: Tensor
+    scale: float
+    inner: slice
+    outer: slice
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank parts of linear layers side by side: ``down`` [in, sum of ranks] is one product for all of them."""
+
+    down: Tensor
+    ups: tuple[Up, ...]
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add to [n, out] in place."""
+        low = torch.mm(x, self.down)
+        for up in self.ups:
+            y[:, up.outer].addmm_(low[:, up.inner], up.weight, alpha=up.scale)
+
+
+@dataclass(frozen=True)
 class Linear:
-    """``weight`` [in, out] and ``bias`` [out] of a linear layer, or of several side by side."""
+    """``weight`` [out, in] and ``bias`` [out] of a linear layer, or of several side by side, and what adapters add to them.
+
+    ``form`` is the backend of ``miles_kernels.ops.linear`` that multiplies.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    adapters: Adapters | None
+    form: ModuleType
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, out]."""
-        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        y = self.form.product(x, self.weight, self.bias)
+        if self.adapters is not None:
+            self.adapters.add_to(y, x)
+        return y
 
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """Add [n, out] to ``residual`` in place."""
-        residual.addmm_(x, self.weight)
-        if self.bias is not None:
-            residual += self.bias
+    def added(self, residual: Tensor, x: Tensor) -> Tensor:
+        """``residual`` [n, out], which may be overwritten, and this of ``x``."""
+        y = self.form.added(residual, x, self.weight, self.bias)
+        if self.adapters is not None:
+            self.adapters.add_to(y, x)
+        return y
 
 
 @dataclass(frozen=True)
@@ -98,15 +136,16 @@ class FusedStep:
         Returns:
             Logits [m, V].
         """
-        n = len(tokens)
+        n, rows = len(tokens), _rounded(len(tokens))
         self._prepare(cache)
-        rotation = self._rotations.index_select(0, positions)[:, None]
+        rotation = self._rotations.index_select(0, _filled(positions, rows))[:, None]
         by_head = positions.repeat_interleave(self._heads_kv)[:, None, None]  # [n · heads_kv, 1, 1]
         mask = torch.where(self._columns[:length] > by_head, self._lowest, self._zero)
         written = self._starts[: len(by_head)] + by_head[:, 0, 0]
-        hidden = F.embedding(tokens, self._embedding)
+        hidden = F.embedding(_filled(tokens, rows), self._embedding)
+        attended = hidden.new_zeros(rows * self._heads_kv, self._heads // self._heads_kv, rotation.shape[2] // 2)
         for layer, (keys, values) in zip(self._layers, cache.held(), strict=True):
-            query, key, value = self._project(layer, hidden, rotation)
+            query, key, value = (x[:n] for x in self._project(layer, hidden, rotation))
             head_dim = keys.shape[3]
             keys.view(-1, head_dim).index_copy_(0, written, key.reshape(-1, head_dim))
             values.view(-1, head_dim).index_copy_(0, written, value.reshape(-1, head_dim))
@@ -115,10 +154,14 @@ class FusedStep:
             query = query.reshape(len(written), -1, head_dim)
             scores = torch.baddbmm(mask, query, seen_keys.transpose(1, 2), alpha=layer.scaling)
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-            layer.output.add_to(hidden, torch.bmm(weights, seen_values).view(n, -1))
+            torch.bmm(weights, seen_values, out=attended[: len(written)])
+            hidden = layer.output.added(hidden, attended.view(rows, -1))
             gate, up = layer.gate_up(_normed(layer.mlp_norm, hidden)).chunk(2, dim=1)
-            layer.down.add_to(hidden, layer.activation(gate).mul_(up))
-        return self._head(_normed(self._norm, hidden if wanted is None else hidden[wanted]))
+            hidden = layer.down.added(hidden, layer.activation(gate).mul_(up))
+        if wanted is not None:
+            n = len(wanted)
+            hidden = hidden.index_select(0, _filled(wanted, _rounded(n)))
+        return self._head(_normed(self._norm, hidden))[:n]
 
     def _project(self, layer: Layer, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, heads, head_dim], keys and values [n, heads_kv, head_dim]; the former two normalised and rotated."""
@@ -148,6 +191,16 @@ class FusedStep:
         self._rotations = torch.cat([cos[0], sin[0]], dim=1)
 
 
+def _rounded(n: int) -> int:
+    """Rows that are multiplied: 1, 2, 4, 8, 16, 32, 48, 64 … A multiplication is prepared once for each number of rows."""
+    return -(-n // 16) * 16 if n > 8 else 1 << max(0, n - 1).bit_length()
+
+
+def _filled(numbers: Tensor, rows: int) -> Tensor:
+    """[n] → [rows], zeros behind."""
+    return numbers if len(numbers) == rows else F.pad(numbers, (0, rows - len(numbers)))
+
+
 def fused_step(model: PreTrainedModel) -> FusedStep | None:
     """The fused step of a model, or None where its ``model_type`` is not one of ``FAMILIES``."""
     family = FAMILIES.get(model.config.model_type)
@@ -172,7 +225,25 @@ def _layer(module: Any, family: Family) -> Layer:
 
 def _fused(*modules: Any) -> Linear:
     """The weights of linear modules side by side; the modules' parameters become views of them."""
-    return Linear(_joined([m.weight for m in modules]).t(), None if modules[0].bias is None else _joined([m.bias for m in modules]))
+    bias = None if modules[0].bias is None else _joined([m.bias for m in modules])
+    weight = _joined([m.weight for m in modules])
+    return Linear(weight, bias, _adapters(modules), backend("linear", weight.device))
+
+
+def _adapters(modules: Sequence[Any]) -> Adapters | None:
+    """Of PEFT's modules; None where none of them is one."""
+    having, ends = [], list(accumulate(len(m.weight) for m in modules))
+    for module, end in zip(modules, ends, strict=True):
+        if hasattr(module, "lora_A"):
+            having.append((module, slice(end - len(module.weight), end)))
+    if not having:
+        return None
+    down, ups, rank = _joined([m.lora_A[NAME].weight for m, _ in having]).t(), [], 0
+    for module, outer in having:
+        up = module.lora_B[NAME].weight.detach().t()
+        ups.append(Up(up, module.scaling[NAME], slice(rank, rank + len(up)), outer))
+        rank += len(up)
+    return Adapters(down, tuple(ups))
 
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from miles_core.errors import ConfigError, MilesError
+from miles_core.model_files import read_model, refuse_missing, refuse_not_finite
 from miles_core.moe import find_routers
 from miles_kernels.invariant import model as invariant
 
@@ -29,16 +30,13 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
     """The model in a Hugging Face directory, ready to be sampled from.
 
     Raises:
-        ConfigError: There is none, or weights are missing (transformers would make them up).
+        ConfigError: There is none, weights are missing (transformers would make them up), or are not finite.
     """
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json; a model's path is a Hugging Face directory")
-    model, info = AutoModelForCausalLM.from_pretrained(  # ty: ignore[not-iterable]
-        path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]!r}; export it again")
-    return model.to(device).eval().requires_grad_(False)
+    model, missing = read_model(AutoModelForCausalLM, path, dtype=dtype)
+    refuse_missing(model, path, missing)
+    model = model.to(device).eval().requires_grad_(False)
+    refuse_not_finite(model.named_parameters(), path)
+    return model
 
 
 class SlotModel:

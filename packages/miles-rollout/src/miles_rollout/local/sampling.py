@@ -55,53 +55,45 @@ def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
     temperature = np.where(greedy, 1.0, settings.temperature).astype(np.float32)
     logits = logits.float()
     scaled = logits if (temperature == 1).all() else logits / _column(temperature, logits)
-    logprobs = torch.log_softmax(scaled, dim=-1)
     support: dict[int, list[int]] = {}
     restricted = ~greedy & ((settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0))
     if restricted.any():
         rows = np.flatnonzero(restricted)
         rows_t = torch.from_numpy(rows).to(logits.device)
-        kept = _support(logprobs[rows_t], settings, rows)
-        logprobs[rows_t] = torch.log_softmax(logprobs[rows_t].masked_fill(~kept, -torch.inf), dim=-1)
+        kept = _support(scaled[rows_t], settings, rows)
+        scaled = scaled.index_copy(0, rows_t, scaled[rows_t].masked_fill_(~kept, -torch.inf))
         for row, mask in zip(rows.tolist(), kept.cpu().numpy(), strict=True):
             support[row] = np.flatnonzero(mask).tolist()
-    tokens = _invert(logprobs, uniforms)
+    tokens = _invert(scaled, uniforms)
     if greedy.any():
-        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logprobs.argmax(dim=-1), tokens)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    if not restricted.all():  # by the very steps of the trainer's op: torch.log_softmax has other last bits
-        chosen = torch.where(_on(restricted, logits), chosen, logprob_of_logits(scaled, tokens))
-    chosen = chosen.cpu().numpy()
+        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), scaled.argmax(dim=-1), tokens)
+    chosen = logprob_of_logits(scaled, tokens).cpu().numpy()  # by the very steps of the trainer's op: torch.log_softmax has other last bits
     if not np.isfinite(chosen).all():
         raise RunError("the policy's logits are not finite (NaN or infinity): its weights have diverged. Lower the learning rate.")
     return Draw(tokens.cpu().numpy(), chosen, support)
 
 
-def _on(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device)
-
-
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    return _on(values, like)[:, None]
+    return torch.from_numpy(values).to(like.device)[:, None]
 
 
-def _invert(logprobs: Tensor, uniforms: np.ndarray) -> Tensor:
-    """int64 [n]: the first token at which the cumulative probability exceeds ``uniform`` · total, in float64."""
-    cumulative = logprobs.double().exp_().cumsum_(dim=-1)
+def _invert(logits: Tensor, uniforms: np.ndarray) -> Tensor:
+    """int64 [n]: the first token at which the cumulative probability exceeds ``uniform`` · total; summed in float64."""
+    cumulative = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum(dim=1, dtype=torch.float64)
     below_one = uniforms * (1 - 2.0**-52)  # so that no product rounds up to the total
-    target = _column(below_one, logprobs) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logprobs.shape[1] - 1)  # clamp: rows of NaN
+    target = _column(below_one, logits) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)  # clamp: rows of NaN
 
 
-def _support(logprobs: Tensor, settings: Settings, rows: np.ndarray) -> Tensor:
+def _support(logits: Tensor, settings: Settings, rows: np.ndarray) -> Tensor:
     """bool [m, V]: which tokens may be drawn. At a tie the lower id comes first; at least the likeliest token stays."""
-    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     top_p, min_p = settings.top_p[rows], settings.min_p[rows]
-    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], logprobs.shape[1])
-    kept = torch.arange(logprobs.shape[1], device=logprobs.device) < _column(top_k, logprobs)
-    probs = ordered.double().exp_() * kept
+    top_k = np.where(settings.top_k[rows] > 0, settings.top_k[rows], logits.shape[1])
+    kept = torch.arange(logits.shape[1], device=logits.device) < _column(top_k, logits)
+    probs = torch.softmax(ordered.double(), dim=-1) * kept
     probs /= probs.sum(dim=-1, keepdim=True)
     before = probs.cumsum(dim=-1) - probs
-    kept &= before < _column(np.where(top_p < 1, top_p, np.inf), logprobs)
-    kept &= probs >= _column(min_p, logprobs) * probs[:, :1]
+    kept &= before < _column(np.where(top_p < 1, top_p, np.inf), logits)
+    kept &= probs >= _column(min_p, logits) * probs[:, :1]
     return torch.zeros_like(kept).scatter_(1, order, kept)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from miles_core.adapters import Adapter
 from miles_core.errors import ConfigError, DataError
 
 
@@ -21,8 +22,16 @@ class Weights:
     part of a module's. Each is kept here as a view of the module's memory: reading shows what the model holds, writing changes it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ConfigError if some weight of the checkpoint is not a regular part of one tensor of the model."""
+    def __init__(self, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
+        """Raises ConfigError if some weight of the checkpoint is not a regular part of one tensor of the model.
+
+        Args:
+            model: The model.
+            adapter: All that is replaced, by the names in its file, where there is one: the model's own weights are frozen.
+        """
+        if adapter is not None:
+            self.views, self._aliases = dict(adapter.named()), dict[str, str]()
+            return
         state = model.state_dict(keep_vars=True)
         held: dict[int, str] = {}
         for name, tensor in state.items():

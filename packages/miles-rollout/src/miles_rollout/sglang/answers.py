@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,9 @@ class ServerInfo:
         max_length: A context must be shorter than this, and a context with what is generated after it no longer.
         records_routing: Whether it was started so that it can return routed experts.
         ranks: Tensor-parallel ranks; each gets the weights.
-        model_path: What it was started from, or what was last loaded from a disk.
+        layout: How its weights are cut, in words.
+        directory: What it was started from, on its machine: a directory, or a name on a hub.
+        architectures: Of its model, as its config names them; empty where that names none.
     """
 
     release: str
@@ -50,7 +53,9 @@ class ServerInfo:
     max_length: int
     records_routing: bool
     ranks: int
-    model_path: str
+    layout: str
+    directory: Path
+    architectures: tuple[str, ...]
 
 
 def read_info(model: dict[str, Any], server: dict[str, Any]) -> ServerInfo:
@@ -63,7 +68,9 @@ def read_info(model: dict[str, Any], server: dict[str, Any]) -> ServerInfo:
         max_length=int(server["max_req_input_len"]),
         records_routing=bool(server["enable_return_routed_experts"]),
         ranks=int(server["tp_size"]),
-        model_path=str(model["model_path"]),
+        layout=", ".join(f"{what} {int(server[what])}" for what in ("tp_size", "pp_size", "ep_size")),
+        directory=Path(server["model_path"]),
+        architectures=tuple(str(name) for name in model["architectures"] or ()),
     )
 
 
@@ -177,9 +184,9 @@ def read_scores(answer: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
 
 
 def read_checksum(answer: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """From ``/weights_checker``: a digest over every rank's parameters by name, and those of the first rank's by name."""
+    """From ``/weights_checker``: a digest over every rank's parameters by name, and by name those of the first rank that has it."""
     parts = [(rank, name, digest) for rank, held in enumerate(answer["ranks"]) for name, digest in sorted(held["checksums"].items())]
     if not parts:
         raise Malformed("no checksum of any parameter")
     digest = hashlib.blake2b("|".join(f"{rank} {name} {value}" for rank, name, value in parts).encode(), digest_size=16).hexdigest()
-    return digest, {name: value for rank, name, value in parts if rank == 0}
+    return digest, {name: value for _, name, value in reversed(parts)}

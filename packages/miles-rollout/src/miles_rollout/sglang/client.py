@@ -18,7 +18,7 @@ from miles_core.errors import ConfigError, DataError, InfrastructureFailure, Mil
 from miles_core.protocols import SamplingParams
 
 from .answers import Generated, Malformed, ServerInfo, read_checksum, read_generated, read_info, read_scores
-from .payload import Request
+from .payload import Bucket, Request
 from .shape import ModelShape
 
 TRIES = 3
@@ -69,7 +69,7 @@ class SglangClient:
             log: Says what is known of its log, at the moment of an error.
         """
         self.name, self.url = name, url
-        self._model, self._deadlines, self._log = model, deadlines, log
+        self._model, self._deadlines, self.log = model, deadlines, log
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
@@ -186,6 +186,27 @@ class SglangClient:
         """Weights for a server of so many ranks. Raises RunError if it refuses them."""
         await self._call("POST", "/update_weights_from_tensor", request.pieces(ranks), length=request.length(ranks), success=True)
 
+    async def join_group(self, group: str, host: str, port: int, size: int, seconds: float) -> None:
+        """Have its ranks meet in a process group of ``size``, as those from 1 on. Raises RunError if it refuses."""
+        meeting = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size, "backend": "gloo"}
+        await self._call("POST", "/init_weights_update_group", meeting | {"group_name": group}, seconds=seconds, success=True)
+
+    async def update_from_group(self, group: str, bucket: Bucket, seconds: float) -> None:
+        """Have its ranks take a bucket from the group, and load it. Raises RunError if it refuses."""
+        body = {
+            "names": [entry.name for entry in bucket.entries],
+            "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
+            "shapes": [list(entry.shape) for entry in bucket.entries],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+        }
+        await self._call("POST", "/update_weights_from_distributed", body, seconds=seconds, success=True)
+
+    async def leave_group(self, group: str, seconds: float) -> None:
+        """Have its ranks forget a group. Raises RunError if it has none of that name."""
+        await self._call("POST", "/destroy_weights_update_group", {"group_name": group}, seconds=seconds, success=True)
+
     async def end_update(self) -> None:
         """After the last bucket. Raises RunError if no update is open."""
         await self._call("POST", "/end_weight_update", {}, success=True)
@@ -194,13 +215,13 @@ class SglangClient:
         """What tokens are stamped with from here on."""
         await self._repeated("POST", "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, success=True)
 
-    async def load_from_disk(self, directory: Path, version: int) -> None:
+    async def load_from_disk(self, directory: Path) -> None:
         """Weights from a Hugging Face directory that the server can read. Raises RunError if it refuses or cannot."""
-        body = {"model_path": str(directory), "weight_version": str(version), "flush_cache": True}
+        body = {"model_path": str(directory), "flush_cache": True}
         await self._repeated("POST", "/update_weights_from_disk", body, success=True)
 
     async def checksum(self) -> tuple[str, dict[str, str]]:
-        """Digest of the parameters it holds, fused and sharded as they are, and the first rank's by name."""
+        """Digest of the parameters it holds, fused and sharded as they are, and by name those of the first rank that has it."""
         answer = await self._repeated("POST", "/weights_checker", {"action": "checksum"}, success=True)
         return self._read(lambda: read_checksum(answer), "/weights_checker")
 
@@ -260,7 +281,7 @@ class SglangClient:
         except (ValueError, RecursionError) as error:
             raise InfrastructureFailure(
                 f"{self.name} answered {path} with {len(response.content)} bytes that are no JSON ({error}): "
-                f"{response.text[:80]!r}. {self._log()}"
+                f"{response.text[:80]!r}. {self.log()}"
             ) from error
         if success and (not isinstance(answer, dict) or answer.get("success") is not True):
             raise refusal(f"{self.name} did not do {path}: {_message(response)}")
@@ -273,9 +294,9 @@ class SglangClient:
             async with asyncio.timeout(seconds):
                 return await self._http.request(method, path, content=content, headers=headers)
         except TimeoutError as error:
-            raise Silence(f"{self.name} did not answer {path} within {seconds:g} s. {self._log()}") from error
+            raise Silence(f"{self.name} did not answer {path} within {seconds:g} s. {self.log()}") from error
         except httpx.HTTPError as error:
-            raise InfrastructureFailure(f"{self.name} broke off {path}: {type(error).__name__}: {error}. {self._log()}") from error
+            raise InfrastructureFailure(f"{self.name} broke off {path}: {type(error).__name__}: {error}. {self.log()}") from error
         except RuntimeError as error:  # httpx says so of a client that is closed
             raise InfrastructureFailure(f"{self.name} is not called any more ({path}): {error}") from error
 
@@ -300,7 +321,7 @@ class SglangClient:
             raise ConfigError(f"{self.name} at {self.url} has no {path}: it is no SGLang server, or one of another release")
         if status < 500 and status not in (408, 429):  # these two say: later
             raise refusal(f"{self.name} refuses {path} (HTTP {status}): {_message(response)}")
-        raise InfrastructureFailure(f"{self.name} failed in {path} (HTTP {status}): {_message(response)}. {self._log()}")
+        raise InfrastructureFailure(f"{self.name} failed in {path} (HTTP {status}): {_message(response)}. {self.log()}")
 
     def _read(self, read: Callable[[], Any], path: str) -> Any:
         """Parse an answer; one that lacks something or cannot be true says nothing about the policy."""
@@ -308,7 +329,7 @@ class SglangClient:
             return read()
         except (Malformed, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InfrastructureFailure(f"{self.name} answered {path} with what cannot be right: {what}. {self._log()}") from error
+            raise InfrastructureFailure(f"{self.name} answered {path} with what cannot be right: {what}. {self.log()}") from error
         except (DataError, InfrastructureFailure) as error:
             raise type(error)(f"{self.name}: {error}") from error
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from miles_core.protocols import BuildContext, GenerateRequest, Generation
 from miles_core.waiting import gather
 
 from ..fleet import Fleet
+from ..gate import Gate
 from ..local.stops import Stops
 from ..plugins import SglangEngineConfig
 from ..requests import check_request
@@ -24,15 +25,13 @@ from .answers import Generated, ServerInfo
 from .client import SglangClient, Silence
 from .continuation import Continuation
 from .environment import find
+from .fitting import check_alike
 from .server import ServerProcess
-from .servers import Server, Setup
+from .servers import CLEAN_UP_SECONDS, Server, Setup
 from .shape import ModelShape
-from .updates import send_weights
+from .updates import IN_REQUESTS, THROUGH_GROUPS, send_weights
 
 T = TypeVar("T")
-
-CLEAN_UP_SECONDS = 5.0
-"""For servers to hear that an update failed; one that does not listen will be found out by the next."""
 
 INTERRUPT_SECONDS = 0.2
 """How long a server may take to hand back what is aborted before it is told again; a request may have been on its way to it."""
@@ -68,9 +67,7 @@ class SglangEngine:
         self._servers: list[Server] = []
         self._processes: list[ServerProcess] = []
         self._running: set[asyncio.Task[Generated]] = set()
-        self._serving = asyncio.Event()
-        self._updating = asyncio.Lock()
-        self._unusable: str | None = "it was not started"
+        self._gate = Gate("sglang", "it was not started")
         self._closed = False
 
     # ---- start and end ------------------------------------------------------------------------------------------------
@@ -90,22 +87,22 @@ class SglangEngine:
             servers = await gather(setup.boot(i, interpreter, self._processes) for i in range(self._config.servers))
         self._servers, self._fleet = servers, Fleet(servers)
         infos = await gather(setup.inspect(server) for server in servers)
+        check_alike({server.name: info.layout for server, info in zip(servers, infos, strict=True)})
         self.max_length = _max_length(self._config.max_length, infos)
         await self.checksum()
-        self._unusable = None
-        self._serving.set()
+        self._gate.unusable = None
 
     async def close(self) -> None:
         """Stop the servers that were started here and close the connections to the others. Twice is fine."""
-        self._closed, self._unusable = True, "it was closed"
-        self._serving.set()  # who waits is told
+        self._closed = True
+        self._gate.shut("it was closed")
         for task in self._running:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running))
         servers, self._servers = self._servers, []
         processes, self._processes = self._processes, []
-        closed = [server.client.close() for server in servers] + [process.stop() for process in processes]
+        closed = [server.close() for server in servers] + [process.stop() for process in processes]
         failures = [r for r in await asyncio.gather(*closed, return_exceptions=True) if isinstance(r, BaseException)]
         if failures:
             raise failures[0]
@@ -120,13 +117,11 @@ class SglangEngine:
             InfrastructureFailure: A server died, did not answer in time or answered what cannot be right, and others are left.
             RunError: No server is left, or an update of the weights failed.
         """
-        self._require_usable()
+        await self._gate.passed()
         check_request(request, self._model.vocab_size, self.max_length)
         continuation = Continuation(request, self._model, self._stops, self.max_length)
         while not continuation.ended:
-            while not self._serving.is_set():  # another update may have begun by the time this one's end is heard of
-                await self._serving.wait()
-            self._require_usable()
+            await self._gate.passed()
             segment = asyncio.ensure_future(self._segment(continuation))
             self._running.add(segment)
             try:
@@ -137,8 +132,7 @@ class SglangEngine:
                 raise
             finally:
                 self._running.discard(segment)
-            taken_back = not self._serving.is_set()
-            continuation.add(generated, resumes=taken_back)
+            continuation.add(generated, resumes=self._gate.is_closed)
         return continuation.result()
 
     async def release(self, session: str) -> None:
@@ -173,10 +167,7 @@ class SglangEngine:
         self._fleet.lose(server, str(why))
         if server.process is not None:
             await server.process.stop()
-
-    def _require_usable(self) -> None:
-        if self._unusable is not None:
-            raise RunError(f"the sglang engine serves nothing: {self._unusable}")
+        await server.leave_group()
 
     # ---- weights ------------------------------------------------------------------------------------------------------
 
@@ -189,16 +180,31 @@ class SglangEngine:
             RunError: A server refuses, none is left, or one does not hold the version afterwards; the engine serves nothing then.
         """
         checked = self._model.checked(weights, self._dtype)
-        async with self._update(version) as begin:
-            await send_weights(checked, self._on_all, begin)
+        async with self.syncing():
+            await send_weights(checked, self._on_all, lambda: self._changing(version), IN_REQUESTS)
+
+    async def broadcast_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """The same through a process group with every server; see TakesBroadcasts. Servers must be on this machine.
+
+        Raises:
+            DataError, RunError: As ``update_weights``, or a server did not come to the group. The next call makes new groups.
+        """
+        checked = self._model.checked(weights, self._dtype)
+        async with self.syncing():
+            try:
+                await self._on_all(lambda server: server.join_group(self._config.control_timeout_s))
+                await send_weights(checked, self._on_all, lambda: self._changing(version), THROUGH_GROUPS)
+            except BaseException:
+                await gather(server.leave_group() for server in self._servers)
+                raise
 
     async def load_weights(self, directory: Path, version: int) -> None:
         """Replace the weights by those of a Hugging Face directory that the servers can read; see WeightSink."""
         found = await asyncio.to_thread(ModelShape.read, directory)
         self._model.check_same(found, directory)
-        async with self._update(version) as begin:
-            begin()
-            await self._on_all(lambda server: server.client.load_from_disk(directory.absolute(), version))
+        async with self.syncing():
+            self._changing(version)
+            await self._on_all(lambda server: server.client.load_from_disk(directory.absolute()))
 
     async def checksum(self) -> str:
         """Digest of the parameters that every server holds.
@@ -220,37 +226,27 @@ class SglangEngine:
             )
         return digests[0]
 
-    @asynccontextmanager
-    async def _update(self, version: int) -> AsyncGenerator[Callable[[], None]]:
-        """Around a change of weights: take running requests back, pause, and let them go on only if all servers hold ``version``.
+    def syncing(self) -> AbstractAsyncContextManager[None]:
+        """Running requests are taken back, they and new ones wait; servers that others use too are paused. See WeightSink."""
+        return self._gate.closed(self._hold, self._serve, self._resume_after_failure)
 
-        Yields a function to call right before the first change. A failure after that leaves the engine unusable until an update succeeds.
-        """
-        async with self._updating:
-            if self._servers == []:
-                self._require_usable()
-            began = False
+    async def _hold(self) -> None:
+        if self._servers == []:
+            self._gate.require_usable()
+        await self._take_back()
+        await self._on_all(_pause_others)
 
-            def begin() -> None:
-                nonlocal began
-                began = True
+    def _changing(self, version: int) -> None:
+        self._gate.changing = version
 
-            self._serving.clear()
-            try:
-                await self._take_back()
-                await self._on_all(_pause_others)
-                yield begin
-                await self._on_all(lambda server: server.client.set_version(version))
-                await self._on_all(lambda server: _expect_version(server.client, version))
-                await self._on_all(_continue_others)
-                self.version, self._unusable = version, None
-            except BaseException as error:
-                if began and not self._closed:
-                    self._unusable = f"version {version} of its weights did not arrive whole ({error or type(error).__name__})"
-                await self._resume_after_failure()
-                raise
-            finally:
-                self._serving.set()
+    async def _serve(self, version: int | None) -> None:
+        """Verified, then stamped, and only then asked for tokens."""
+        if version is not None:
+            await self._on_all(lambda server: server.client.set_version(version))
+            await self._on_all(lambda server: _expect_version(server.client, version))
+        await self._on_all(_continue_others)
+        if version is not None:
+            self.version = version
 
     async def _on_all(self, call: Callable[[Server], Awaitable[None]]) -> None:
         """A call of every living server at once; those that are found gone are left out from here on.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from miles_core.errors import ConfigError, RunError
-from miles_core.plugins import did_you_mean
+from miles_core.plugin_finding import did_you_mean
 
 from .probe import probe
 

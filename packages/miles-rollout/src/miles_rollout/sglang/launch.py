@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health answers at once instead of sampling a token
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "0",  # log-probabilities are of the distribution a token came from
     "NO_PROXY": HOST,  # its own requests to itself
+    "GLOO_SOCKET_IFNAME": "lo",  # its ranks listen for each other, and for weights, on loopback
     "PYTHONUNBUFFERED": "1",  # the log holds what was said before a death
 }
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(SHIM)}

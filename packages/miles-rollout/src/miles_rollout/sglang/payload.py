@@ -1,4 +1,4 @@
-"""Weights as SGLang takes them by value over HTTP: tensors flattened into buckets, pickled without pointers, in base64, in JSON.
+"""Weights as SGLang takes them by value: tensors flattened into buckets, for HTTP pickled without pointers, in base64, in JSON.
 
 The pickle holds one tensor of bytes and, for each weight, where it lies in it; only names that SGLang's own restricted unpickler
 knows occur in it. Each rank of a server gets the whole bucket and takes its share.
@@ -18,17 +18,11 @@ import pybase64
 import torch
 from torch import Tensor
 
-BUCKET_BYTES = 4 << 20
-"""Of weights in one request; measured: larger ones do not stay in the processors' caches, smaller ones cost requests."""
-
 PIECE_BYTES = 192 << 10
 """Of a bucket that are encoded and handed to the connection at a time; a multiple of three, so that what base64 makes of them adds up."""
 
 START, BETWEEN, END = b'{"serialized_named_tensors":["', b'","', b'"],"load_format":"flattened_bucket","flush_cache":true}'
 """The JSON around and between the ranks' shares."""
-
-ALIGNMENT = 16
-"""Bytes: where a weight may begin, so that it can be seen as numbers of its own type."""
 
 
 @dataclass
@@ -46,10 +40,10 @@ class Bucket:
     used: int = 0
 
     def add(self, name: str, tensor: Tensor) -> bool:
-        """Copy a weight in; False if there is no room."""
-        start = -(-self.used // ALIGNMENT) * ALIGNMENT
+        """Copy a weight in; False if there is no room, or none where it could be seen as numbers of its own type."""
+        start = self.used
         end = start + tensor.numel() * tensor.element_size()
-        if end > len(self.flat):
+        if end > len(self.flat) or start % tensor.element_size():
             return False
         self.flat[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
         self.entries.append(
@@ -115,7 +109,7 @@ def _before(size: int) -> bytes:
     return saved[: len(saved) - size]
 
 
-def buckets(weights: Iterable[tuple[str, Tensor]], size: int = BUCKET_BYTES) -> Iterator[Bucket]:
+def buckets(weights: Iterable[tuple[str, Tensor]], size: int) -> Iterator[Bucket]:
     """The weights in buckets of up to ``size`` bytes, in order; a larger weight is one by itself."""
     bucket = Bucket(torch.empty(size, dtype=torch.uint8))
     for name, tensor in weights:

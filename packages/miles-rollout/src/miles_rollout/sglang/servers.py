@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from miles_core.errors import ConfigError, InfrastructureFailure, RunError
+from miles_core.errors import InfrastructureFailure, RunError
 from miles_core.protocols import BuildContext
 
 from ..plugins import SglangEngineConfig
 from .answers import ServerInfo
 from .client import Deadlines, SglangClient
-from .probe import SGLANG
+from .fitting import check_server
+from .group import Group
 from .server import Launch, ServerProcess
 from .shape import ModelShape
 
@@ -21,6 +22,9 @@ T = TypeVar("T")
 
 LIVENESS_SECONDS = 10.0
 """Deadline of a server that failed to say that it is there."""
+
+CLEAN_UP_SECONDS = 5.0
+"""For servers to hear that an update failed, or that a group ends; one that does not listen will be found out by the next."""
 
 
 @dataclass(eq=False)
@@ -32,12 +36,31 @@ class Server:
         client: Calls it.
         process: Runs it; None if it was not started here.
         ranks: Tensor-parallel ranks it has.
+        group: Through which these take weights; None while they are in none.
     """
 
     name: str
     client: SglangClient
     process: ServerProcess | None
     ranks: int = 1
+    group: Group | None = None
+
+    async def join_group(self, seconds: float) -> None:
+        """Be in a group, all of whose steps have this deadline. Raises as ``Group.join`` does."""
+        if self.group is None:
+            self.group = Group(self.client, self.ranks, seconds)
+            await self.group.join()
+
+    async def leave_group(self) -> None:
+        """Be in none."""
+        group, self.group = self.group, None
+        if group is not None:
+            await group.leave(CLEAN_UP_SECONDS)
+
+    async def close(self) -> None:
+        """Leave its group and close the connections to it; its process is stopped by who started it."""
+        await self.leave_group()
+        await self.client.close()
 
     async def gone(self) -> bool:
         """Whether it ended, or does not say that it is there when it is asked twice. A scheduler that hangs is found by its silence."""
@@ -94,41 +117,15 @@ class Setup:
         """See that a server is what we need, and give its weights version 0.
 
         Raises:
-            ConfigError: It is of another release or dtype, does not record routing, or does not run the model as it was made.
+            ConfigError: It does not fit; see ``check_server``.
             RunError: It does not answer.
         """
         info = await _started(server.client.info())
-        if info.release != SGLANG:
-            raise ConfigError(f"{server.name} is SGLang {info.release}; Miles speaks to {SGLANG}")
-        if info.dtype not in (self.dtype, "auto"):
-            raise ConfigError(f"{server.name} serves {info.dtype} weights, the engine's dtype is {self.dtype}; make them the same")
-        if self.model.moe_layers and not info.records_routing:
-            raise ConfigError(f"{server.name} does not record routed experts; start it with --enable-return-routed-experts")
         _, held = await _started(server.client.checksum())
-        self._check_layers(server, held)
-        self._check_output(server, held)
+        check_server(server.name, info, held, self.model, self.model_path, self.dtype)
         await _started(server.client.set_version(0))
         server.ranks = info.ranks
         return info
-
-    def _check_output(self, server: Server, held: Mapping[str, str]) -> None:
-        """SGLang gives some models an output projection of their own although it is the embedding; it stays as it was drawn."""
-        own = held.get("lm_head.weight")
-        if self.model.tied and own is not None and own != held.get("model.embed_tokens.weight"):
-            raise ConfigError(
-                f"{self.model_path}/config.json ties the output projection to the embedding, but {server.name} has one of its own, which "
-                f"no checkpoint fills: SGLang {SGLANG} does not run this model as it was made. Set tie_word_embeddings: false in a model "
-                "built from scratch, else use another engine for it."
-            )
-
-    def _check_layers(self, server: Server, names: Iterable[str]) -> None:
-        """SGLang builds experts into every layer of some models, whatever their config says; such a model's numbers are wrong."""
-        held = {int(part) for name in names if ".experts." in name for part in name.split(".") if part.isdecimal()}
-        if held != set(self.model.moe_layers):
-            raise ConfigError(
-                f"{server.name} has experts in layers {sorted(held)}, where {self.model_path}/config.json declares them in "
-                f"{list(self.model.moe_layers)}: SGLang {SGLANG} does not run this model as it was made. Use another engine for it."
-            )
 
 
 async def _started(call: Awaitable[T]) -> T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from miles_core.errors import ConfigError, DataError
+from miles_core.model_files import declared_ends, sentences, weight_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+IDLE_FIELDS = re.compile(
+    "^_|_token_id$|dropout$|^output_|label|^(transformers_version|architectures|dtype|torch_dtype|use_cache|return_dict|problem_type"
+    "|initializer_range|router_aux_loss_coef|chunk_size_feed_forward|is_encoder_decoder)$"
+)
+"""Fields of a config that change nothing in what a server computes."""
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "moe_topk", "num_experts_per_token")
 
 
@@ -32,6 +38,9 @@ class ModelShape:
         tied: Whether the output projection is the embedding.
         end_of_text: Ids that the model's files say end a text; servers stop at each of them.
         weights: Shape of each weight in the directory's safetensors files by name.
+        architectures: As the config names them; empty where it names none.
+        fields: Of the config, those that decide what the model computes.
+        positions: Longest sequence; None where the position encoding is scaled.
     """
 
     vocab_size: int
@@ -42,6 +51,9 @@ class ModelShape:
     tied: bool
     end_of_text: frozenset[int]
     weights: dict[str, tuple[int, ...]]
+    architectures: tuple[str, ...]
+    fields: dict[str, Any]
+    positions: int | None
 
     @property
     def routing_dtype(self) -> type[np.uint8] | type[np.uint16]:
@@ -60,10 +72,9 @@ class ModelShape:
 
         if not (directory / "config.json").is_file():
             raise ConfigError(f"{directory} has no config.json; a model's path is a Hugging Face directory")
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-        except ValueError as error:
-            raise ConfigError(f"{directory}/config.json cannot be read: {str(error).splitlines()[0]}") from error
+        with sentences(directory):
+            whole = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = whole.get_text_config()
         experts = max(getattr(config, name, None) or 0 for name in EXPERT_COUNTS)
         top_k = max(getattr(config, name, None) or 0 for name in EXPERTS_A_TOKEN) if experts else 0
         if experts and not top_k:
@@ -75,8 +86,11 @@ class ModelShape:
             experts=experts,
             top_k=top_k,
             tied=bool(config.tie_word_embeddings),
-            end_of_text=_end_of_text(directory, config),
-            weights=_weight_shapes(directory),
+            end_of_text=declared_ends(directory),
+            weights=weight_shapes(directory),
+            architectures=tuple(whole.architectures or ()),
+            fields={name: value for name, value in config.to_dict().items() if not IDLE_FIELDS.search(name)},
+            positions=_positions(config),
         )
 
     def checked(self, weights: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:
@@ -118,16 +132,10 @@ class ModelShape:
         return f"{len(self.weights)} weights have names such as {next(iter(self.weights), 'none')!r}"
 
 
-def _end_of_text(directory: Path, config: Any) -> frozenset[int]:
-    """Of config.json and generation_config.json together, as SGLang takes them."""
-    declared = [config.eos_token_id]
-    file = directory / "generation_config.json"
-    if file.is_file():
-        try:
-            declared.append(json.loads(file.read_text()).get("eos_token_id"))
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{file} is no JSON object: {error}") from error
-    return frozenset(i for ids in declared for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+def _positions(config: Any) -> int | None:
+    """As many as its position encoding has by itself."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return getattr(config, "max_position_embeddings", None) if rope.get("rope_type") == "default" else None
 
 
 def _moe_layers(config: Any) -> tuple[int, ...]:
@@ -140,22 +148,6 @@ def _moe_layers(config: Any) -> tuple[int, ...]:
         for layer in range(config.num_hidden_layers)
         if layer not in dense and (layer + 1) % step == 0 and layer >= first and every_list[layer]
     )
-
-
-def _weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """From the headers of the safetensors files. Raises ConfigError where there are none."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{directory} holds no safetensors files; export the model again")
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
-            raise ConfigError(f"{file} cannot be read ({type(error).__name__}: {error}); export the model again") from error
-    return shapes
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

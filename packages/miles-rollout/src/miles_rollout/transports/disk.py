@@ -11,7 +11,7 @@ from typing import Any
 from miles_core.protocols import BuildContext, WeightSource
 
 from ..plugins import DiskTransportConfig
-from .verification import expect_equal
+from .verification import expect_equal, syncing
 
 
 class DiskTransport:
@@ -34,9 +34,10 @@ class DiskTransport:
         try:
             await source.export(directory)
             size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-            for sink in sinks:
-                await sink.load_weights(directory, version)
-            await expect_equal(sinks, version)
+            async with syncing(sinks):
+                for sink in sinks:
+                    await sink.load_weights(directory, version)
+                await expect_equal(sinks, version)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
         return {"bytes": float(size * len(sinks)), "seconds": time.perf_counter() - began, "verified": 1.0}

@@ -13,6 +13,7 @@ from miles_core.errors import RunError
 from miles_core.protocols import BuildContext, SharesMemory, WeightSource
 
 from ..plugins import InlineTransportConfig
+from .verification import syncing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +43,15 @@ class InlineTransport:
         began = time.perf_counter()
         weights = await asyncio.to_thread(lambda: list(source.named_weights()))
         copied, sent = 0, dict[str, str]()
-        for index, sink in enumerate(sinks):
-            places = {name: _place(tensor) for name, tensor in sink.named_weights()}
-            apart = [(name, tensor) for name, tensor in weights if places.get(name) != _place(tensor)]
-            await sink.update_weights(weights, version)
-            sent |= await asyncio.to_thread(lambda new: dict(digests(new)), [one for one in apart if one[0] not in sent])
-            held = await asyncio.to_thread(digests, _rest(sink, weights, apart))
-            _compare([(name, sent[name]) for name, _ in apart], held, index, sink, version)
-            copied += sum(tensor.numel() * tensor.element_size() for _, tensor in apart)
+        async with syncing(sinks):
+            for index, sink in enumerate(sinks):
+                places = {name: _place(tensor) for name, tensor in sink.named_weights()}
+                apart = [(name, tensor) for name, tensor in weights if places.get(name) != _place(tensor)]
+                await sink.update_weights(weights, version)
+                sent |= await asyncio.to_thread(lambda new: dict(digests(new)), [one for one in apart if one[0] not in sent])
+                held = await asyncio.to_thread(digests, _rest(sink, weights, apart))
+                _compare([(name, sent[name]) for name, _ in apart], held, index, sink, version)
+                copied += sum(tensor.numel() * tensor.element_size() for _, tensor in apart)
         if self._alternate and len(sinks) == 1 and copied and isinstance(source, SharesMemory):
             await asyncio.to_thread(source.share_memory, dict(sinks[0].named_weights()))
         return {"bytes": float(copied), "seconds": time.perf_counter() - began}

@@ -13,7 +13,7 @@ from miles_core.errors import RunError
 from miles_core.protocols import BuildContext, WeightSource
 
 from ..plugins import TensorTransportConfig
-from .verification import expect_equal
+from .verification import expect_equal, syncing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,17 +42,21 @@ class TensorTransport:
         """
         began = time.perf_counter()
         size = 0.0
-        for sink in sinks:
-            counted = _Counted(source.named_weights())
-            await sink.update_weights(counted, version)
-            size += counted.bytes
-        checksums = await expect_equal(sinks, version)
-        sent = time.perf_counter()
         due = self._every > 0 and (self._published <= 1 or self._published % self._every == 0)
-        if due:
-            await self._verify(source, sinks, version, checksums)
+        async with syncing(sinks):
+            for sink in sinks:
+                counted = _Counted(source.named_weights())
+                await self._hand(sink, counted, version)
+                size += counted.bytes
+            checksums = await expect_equal(sinks, version)
+            sent = time.perf_counter()
+            if due:
+                await self._verify(source, sinks, version, checksums)
         self._published += 1
         return {"bytes": size, "seconds": sent - began, "verified": float(due), "verify_seconds": time.perf_counter() - sent}
+
+    async def _hand(self, sink: Any, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        await sink.update_weights(weights, version)
 
     async def _verify(self, source: WeightSource, sinks: list[Any], version: int, checksums: list[str]) -> None:
         directory = Path(tempfile.mkdtemp(prefix=f"verify-{version}-", dir=self._run_dir))

@@ -1,10 +1,21 @@
-"""How a transport knows that engines hold the same weights."""
+"""How a transport knows that engines hold the same weights, and keeps them from serving until it does."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from miles_core.errors import RunError
+
+
+@asynccontextmanager
+async def syncing(sinks: list[Any]) -> AsyncGenerator[None]:
+    """No sink serves while the block runs, and if it fails none whose weights changed in it; see ``WeightSink.syncing``."""
+    async with AsyncExitStack() as stack:
+        for sink in sinks:
+            await stack.enter_async_context(sink.syncing())
+        yield
 
 
 async def expect_equal(sinks: list[Any], version: int) -> list[str]:

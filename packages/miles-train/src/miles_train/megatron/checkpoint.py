@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from miles_core.errors import CheckpointError
+from miles_core.tokenizers import TOKENIZER_FILES
 
-from ..tensor_files import TOKENIZER_FILES, read_tensors
+from ..tensor_files import read_tensors
 from .layout import Layout
 
 if TYPE_CHECKING:  # it imports megatron, which the controller does not

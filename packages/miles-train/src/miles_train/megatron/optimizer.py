@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..plugins import MegatronTrainerConfig
+from ..plugins import AdamWTrainerConfig
 from . import weights
 from .model import PolicyModel  # installs the bridge before megatron is imported
 
@@ -27,7 +27,7 @@ class ShardedAdamW:
         masters: float32 master weight of each parameter by name; in float32 training the parameter itself.
     """
 
-    def __init__(self, model: PolicyModel, config: MegatronTrainerConfig, path: Path) -> None:
+    def __init__(self, model: PolicyModel, config: AdamWTrainerConfig, path: Path) -> None:
         """Collective. ``path`` is read again where the masters hold more digits than the model's parameters."""
         mixed = model.config.params_dtype != torch.float32
         digits = _in_float32(model, path) if mixed else {}

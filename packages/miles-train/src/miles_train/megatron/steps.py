@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miles_core.batch import Batch
-from miles_core.errors import MilesError, RunError
+from miles_core.errors import MilesError, RunError, class_name
 from miles_core.protocols import Aggregation, LossTerm
 
+from ..ranks.messages import Micro, RankGradients, Values
 from ..torch_trainer.objective import shares
 from . import inputs
-from .messages import Gradients, Micro, Values
 from .model import PolicyModel, parallel_state
 from .replay import MegatronReplay
 
@@ -55,13 +55,13 @@ class Steps:
         self._run(micros, take, forward_only=True, replay=not own_routing)
         return values if self.reports else None
 
-    def gradients(self, micros: Sequence[Micro], losses: Mapping[str, LossTerm], aggregation: Aggregation) -> Gradients:
+    def gradients(self, micros: Sequence[Micro], losses: Mapping[str, LossTerm], aggregation: Aggregation, *, once: bool) -> RankGradients:
         """Accumulate the gradient of the micro-batches' shares and add up the ranks'; ``norm`` is left to the optimizer.
 
         A loss that is not finite does not stop the rank: the others are in the middle of collectives with it.
         """
         sums: dict[str, Tensor] = {}
-        result = Gradients(logprobs=[])
+        result = RankGradients(logprobs=[])
         assert result.logprobs is not None
         kept = result.logprobs
 
@@ -72,9 +72,9 @@ class Steps:
             rows = np.flatnonzero(micro.batch.array("loss_mask"))
             outputs = inputs.outputs(self.model, hidden, micro, rows)
             try:
-                loss, parts, complaint = shares(micro.batch, outputs, losses, aggregation, cp=self._cp)
+                loss, parts, complaint = shares(micro.batch, outputs, losses, aggregation, once=once, cp=self._cp)
             except MilesError as error:  # the same on every rank that has this micro-batch
-                result.complaint = result.complaint or (type(error).__name__, str(error))
+                result.complaint = result.complaint or (class_name(error), str(error))
                 return 0.0 * hidden.sum()
             if complaint and result.complaint is None:
                 result.complaint = (RunError.__name__, complaint)
@@ -85,7 +85,7 @@ class Steps:
 
         result.routing = self._run(micros, take, forward_only=False)
         if not self.reports:
-            return Gradients(complaint=result.complaint, routing=result.routing)
+            return RankGradients(complaint=result.complaint, routing=result.routing)
         result.parts = {name: float(x) for name, x in sums.items()}
         return result
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miles_core.errors import ConfigError
+from miles_core.model_files import refuse_not_finite
 
 from .checkpoint_files import CheckpointFiles
 from .cuts import Piece, Shape, local_shape, pieces
@@ -32,7 +33,7 @@ def load(model: PolicyModel, path: Path) -> None:
     """Fill the parameters of this rank from a directory's safetensors; reads only the slices that this rank holds. Not collective.
 
     Raises:
-        ConfigError: A weight is missing, of another shape, not known to the table, or there are no safetensors.
+        ConfigError: A weight is missing, of another shape, not finite, not known to the table, or there are no safetensors.
     """
     where, here = _Placement(model), model.coordinates
     parameters = list(model.spec.parameters(model.hf_config))
@@ -50,7 +51,9 @@ def load(model: PolicyModel, path: Path) -> None:
             target.zero_()  # what no piece covers is padding of the vocabulary
             for piece, rows in where.pieces(parameter, here.tensor):
                 name, _ = parameter.tensors[piece.tensor]
-                target[rows].copy_(files.read(name, piece.axis, piece.start, piece.stop))
+                held = files.read(name, piece.axis, piece.start, piece.stop)
+                refuse_not_finite([(name, held)], path)
+                target[rows].copy_(held)
     if unfilled:
         raise ConfigError(f"the table of {model.spec.architecture} has no row for {next(iter(unfilled))!r}, which the model has; add it")
 

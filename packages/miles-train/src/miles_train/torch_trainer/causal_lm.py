@@ -11,9 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError
+from miles_core.lora import Lora
+from miles_core.model_files import refuse_missing
 from miles_kernels.ops.linear_logprob import linear_logprob
 
-from .model import Choice, PackedModel, check_directory, close, read, refuse_missing
+from .layouts import MicroBatch
+from .model import Choice, PackedModel, close, read
 
 
 class CausalLM(PackedModel):
@@ -25,23 +28,25 @@ class CausalLM(PackedModel):
     reads = ("tokens", "targets", "positions", "temperatures")
     unsupported = ("support", "images", "audio")
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
-        super().__init__(path, dtype, device, layout, bitwise)
+    def __init__(
+        self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False, lora: Lora | None = None
+    ) -> None:
+        super().__init__(path, dtype, device, layout, bitwise, lora)
         self._head = _output_projection(self.hf)
         self.vocab_size = self._head.weight.shape[0]
 
     @staticmethod
     def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """See ``PackedModel.load``."""
-        check_directory(path)
         model, missing = read(AutoModelForCausalLM, path, dtype, device)
         refuse_missing(model, path, missing)
         return model
 
-    def outputs(self, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
+    def outputs(self, micro: MicroBatch, rows: np.ndarray) -> dict[str, Tensor]:
         """See ``PackedModel.outputs``; only ``rows`` are put through the head."""
+        batch = micro.batch
         result = linear_logprob(
-            self.hidden(batch, rows),
+            self.hidden(micro, rows),
             self._head.weight,
             self.tensor(batch.array("targets")[rows].astype(np.int64)),
             temperature=self.tensor(batch.array("temperatures")[rows]),

@@ -19,6 +19,8 @@ import numpy as np
 
 from miles_core.batch import Batch
 
+from ..ranks.sharding import empty_batch
+
 Name = Literal["padded", "packed", "shared"]
 
 
@@ -38,6 +40,33 @@ class Layout:
     positions: np.ndarray | None = None
     blocks: tuple[np.ndarray, ...] = ()
     places: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that go through the model together.
+
+    Attributes:
+        samples: int64, their indices in the batch that they are a part of; none if nobody wants the numbers (a rank that only takes part).
+        batch: They themselves.
+        layout: Their rows as the model takes them.
+    """
+
+    samples: np.ndarray
+    batch: Batch
+    layout: Layout
+
+    @staticmethod
+    def of(whole: Batch, samples: np.ndarray, name: Name) -> MicroBatch:
+        """Some samples of a batch in a layout."""
+        batch = whole.select(samples)
+        return MicroBatch(samples, batch, lay_out(batch, name))
+
+    @staticmethod
+    def without_samples(like: Batch) -> MicroBatch:
+        """A row that nobody asks for, with columns like those of a batch."""
+        batch = empty_batch(like)
+        return MicroBatch(np.zeros(0, np.int64), batch, lay_out(batch, "padded"))
 
 
 def lay_out(batch: Batch, name: Name) -> Layout:

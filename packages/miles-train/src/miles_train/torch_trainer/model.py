@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,16 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from miles_core.adapters import Adapter
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError
+from miles_core.lora import Lora
+from miles_core.model_files import read_model, refuse_not_finite
 from miles_core.moe import find_routers
 from miles_kernels.invariant import model as invariant
 
 from . import attention, layouts, planning
+from .layouts import MicroBatch
 from .routing_replay import RoutingReplay
 
 Choice = Literal["auto", "padded", "packed", "shared"]
@@ -35,11 +38,12 @@ class PackedModel(ABC):
 
     Attributes:
         hf: The transformers model, in evaluation mode: dropout would make its numbers random.
+        path: Where it was read.
+        adapter: What is trained of it and published, where that is an adapter; the weights in ``path`` are frozen then.
         device: Where it is.
         vocab_size: Token ids are below it.
         layouts: Those that micro-batches may have; the cheapest is taken.
         costs: What its rows cost, where there is more than one layout.
-        max_tokens: Most rows of a forward pass, as the last ``micro_batches`` was told.
         replay: Puts the experts of the batch's column ``routing`` into every forward pass; None: routers choose for themselves.
     """
 
@@ -52,14 +56,22 @@ class PackedModel(ABC):
     unsupported: ClassVar[tuple[str, ...]]
     """Sample columns without which the numbers would be wrong; they are not used yet."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False, lora: Lora | None = None
+    ) -> None:
         self.hf = self.load(path, dtype, device)
+        self.path = path
         self.device = device
+        self.adapter = None if lora is None else Adapter(self.hf, lora, path)
+        with self.adapter.noisy() if self.adapter else nullcontext():
+            self._prepare(layout, bitwise)
+
+    def _prepare(self, layout: Choice, bitwise: bool) -> None:
+        """Find the layouts that the model can have, and make it bitwise if that is asked for."""
         embedding = self.hf.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         self.vocab_size = embedding.shape[0]
         self.replay: RoutingReplay | None = None
-        self.max_tokens = 0
         self.layouts: tuple[layouts.Name, ...] = ("padded",)
         if bitwise:
             _make_bitwise(self.hf, self.vocab_size)
@@ -81,11 +93,11 @@ class PackedModel(ABC):
         """
 
     @abstractmethod
-    def outputs(self, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
+    def outputs(self, micro: MicroBatch, rows: np.ndarray) -> dict[str, Tensor]:
         """What losses get (``LossInputs.outputs``): differentiable tensors [N] by name, float32 (float64 for a float64 model).
 
         Args:
-            batch: With the columns ``reads``.
+            micro: With the columns ``reads``.
             rows: int64 [R], rows of which log-probabilities are wanted; they predict a token. Those of others are 0.
         """
 
@@ -93,26 +105,26 @@ class PackedModel(ABC):
     def rows_to_annotate(self, batch: Batch) -> np.ndarray:
         """int64: the rows of which ``annotated`` says something."""
 
-    def hidden(self, batch: Batch, rows: np.ndarray) -> Tensor:
+    def hidden(self, micro: MicroBatch, rows: np.ndarray) -> Tensor:
         """[R, hidden size]: last hidden states of some rows; row p has read the tokens up to and including p."""
-        given = layouts.lay_out(batch, planning.cheapest(batch, self.layouts, self.costs, self.max_tokens))
+        given = micro.layout
         options: dict[str, Any] = {} if given.positions is None else {"position_ids": self.tensor(given.positions)}
         if given.places is not None:
             options["blocks"] = attention.Blocks(tuple(map(self.tensor, given.blocks)), self.tensor(given.places))
-        with self.replay.forward(batch, given.where, given.tokens.size) if self.replay else nullcontext():
+        with self.replay.forward(micro.batch, given.where, given.tokens.size) if self.replay else nullcontext():
             hidden = self.hf.base_model(self.tensor(given.tokens), use_cache=False, **options).last_hidden_state
         return F.embedding(self.tensor(given.where[rows]), hidden.flatten(0, 1))
 
-    def micro_batches(self, batch: Batch, units: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-        """Sample indices of micro-batches of at most ``max_tokens`` rows, padding included (a longer unit stands alone).
+    def micro_batches(self, batch: Batch, units: np.ndarray, max_tokens: int) -> list[MicroBatch]:
+        """The batch in micro-batches of at most ``max_tokens`` rows, padding included (a longer unit stands alone).
 
         Args:
             batch: With the columns ``reads``.
             units: int64 [S], samples with the same number stay together.
             max_tokens: Most rows of a forward pass.
         """
-        self.max_tokens = max_tokens
-        return planning.plan(batch, units, max_tokens, self.layouts, self.costs)
+        parts, layout = planning.plan(batch, units, max_tokens, self.layouts, self.costs)
+        return [MicroBatch.of(batch, samples, layout) for samples in parts]
 
     def recompute(self) -> None:
         """From now on keep no activations inside of layers: the backward pass computes them again. Gradients do not change.
@@ -129,12 +141,35 @@ class PackedModel(ABC):
         """An array on the model's device."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
+    def masters(self) -> dict[str, nn.Parameter]:
+        """What is trained, float32 by parameter name. In float32 the parameters themselves; else copies that are read again: a file may
+        hold more digits than the forward pass uses."""
+        if self.hf.dtype == torch.float32:
+            return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+        if self.adapter is not None:
+            return self.adapter.masters()
+        return dict(self.load(self.path, torch.float32, self.device).named_parameters())
+
+    def share_memory(self, memory: Mapping[str, Tensor]) -> None:
+        """Use these tensors, by name in the checkpoint, as the memory of the weights. Those that the checkpoint names otherwise than the
+        modules (fused experts) stay where they are."""
+        of_modules = self.adapter.own_names() if self.adapter else {}
+        places = {of_modules.get(name, name): place for name, place in memory.items()}
+        for name, parameter in self.hf.named_parameters():
+            place = places.get(name)
+            if place is not None and (place.shape, place.dtype, place.device) == (parameter.shape, parameter.dtype, parameter.device):
+                parameter.data = place
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every weight as ``export`` writes it: the checkpoint's own names, tied weights once.
+        """(name, tensor) of every weight as ``export`` writes it: the checkpoint's own names, tied weights once; of an adapter those of
+        its file, and no others.
 
         The names differ from the modules' where transformers fuses weights on loading: experts of an MoE layer come one by
         one, as copies or views of the fused tensors.
         """
+        if self.adapter is not None:
+            yield from self.adapter.named()
+            return
         weights, seen = {}, set()
         for name, weight in self.hf.state_dict(keep_vars=True).items():
             if id(weight) not in seen:
@@ -148,36 +183,17 @@ def compute_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def check_directory(path: Path) -> None:
-    """Raise a ConfigError unless it is a Hugging Face directory."""
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"{path} has no config.json; a model's path is a Hugging Face directory")
-
-
 def read(auto_class: Any, path: Path, dtype: torch.dtype, device: torch.device, **fields: Any) -> tuple[PreTrainedModel, set[str]]:
     """The model that a transformers Auto class reads, and the names of weights that are not in the checkpoint.
 
-    transformers' own report of them is not printed: who calls refuses them, or knows why they are missing. Nor is what it says of
-    tensor parallelism, which it is not asked for.
+    Raises ConfigError as ``read_model`` does, and if a weight is not finite.
     """
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        model, info = auto_class.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **fields)
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    model, missing = read_model(auto_class, path, dtype=dtype, **fields)
+    model = model.to(device).eval()
+    refuse_not_finite(((name, weight) for name, weight in model.named_parameters() if name not in missing), path)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa drops the cap without a word
-    return model.to(device).eval(), set(info["missing_keys"])
-
-
-def refuse_missing(model: PreTrainedModel, path: Path, missing: set[str]) -> None:
-    """Raise a ConfigError if a weight was not in the checkpoint."""
-    if missing:
-        raise ConfigError(f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is {min(missing)!r}; export it again")
+    return model, missing
 
 
 def _parameters_a_row(base: nn.Module, config: Any) -> int:

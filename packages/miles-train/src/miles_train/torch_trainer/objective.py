@@ -20,6 +20,7 @@ def shares(
     losses: Mapping[str, LossTerm],
     aggregation: Aggregation,
     *,
+    once: bool,
     cp: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], str | None]:
     """The micro-batch's part of the step's loss, and of each metric.
@@ -31,6 +32,7 @@ def shares(
         outputs: [N] each, what the model gives by name (``LossInputs.outputs``).
         losses: The terms by name; the sum of coefficient · term is trained on.
         aggregation: Weight of each row in the step's loss.
+        once: Whether it is the batch's only optimizer step: ``old_logprobs`` that nobody annotated are then what this pass says.
         cp: Process group of the ranks that hold other rows of the same samples.
 
     Returns:
@@ -44,6 +46,8 @@ def shares(
     """
     device = next(iter(outputs.values())).device
     columns = micro.tensors(device)
+    if once and "logprobs" in outputs:
+        columns.setdefault("old_logprobs", outputs["logprobs"].detach())
     ops = SegmentOps.of(micro, device, cp=cp)
     complaint = None
     inputs = LossInputs(outputs, columns, ops)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plugins import AdamWTrainerConfig
+from .parts import part_of, whole
 
 
 class MasterAdamW:
@@ -18,12 +19,12 @@ class MasterAdamW:
     not move by less than 2⁻⁸: at RL's learning rates, never.
 
     Attributes:
-        masters: By parameter name. In float32 training they are the model's own parameters.
+        masters: By parameter name; other parameters are frozen. In float32 training they are the model's own parameters.
     """
 
     def __init__(self, model: nn.Module, masters: Mapping[str, nn.Parameter], config: AdamWTrainerConfig) -> None:
         self.masters = dict(masters)
-        self._compute = dict(model.named_parameters())
+        self._compute = {name: weight for name, weight in model.named_parameters() if name in self.masters}
         groups = [
             {"params": [p for p in self.masters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.masters.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -34,8 +35,8 @@ class MasterAdamW:
                 weight.register_post_accumulate_grad_hook(partial(_accumulate, self.masters[name]))
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the accumulated gradient, a scalar."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None])
+        """L2 norm of the accumulated gradient, over all ranks that hold a part of it; a scalar."""
+        return whole(torch.nn.utils.get_total_norm([p.grad for p in self.masters.values() if p.grad is not None]))
 
     def step(self, lr: float, norm: Tensor, max_norm: float) -> None:
         """One AdamW step with the gradient, whose norm is ``norm``, clipped to ``max_norm``."""
@@ -65,7 +66,8 @@ class MasterAdamW:
         self._adamw.state.clear()
         for key, tensor in tensors.items():
             kind, name = key.split(".", 1)
-            self._adamw.state[self.masters[name]][kind] = tensor
+            master = self.masters[name]
+            self._adamw.state[master][kind] = tensor.to(master.device) if kind == "step" else part_of(tensor, master)
 
 
 def _accumulate(master: nn.Parameter, weight: Tensor) -> None:

@@ -66,8 +66,8 @@ NOTHING = Costs(0.0, 0.0, 0.0, 0.0)
 """Where there is nothing to choose."""
 
 
-def plan(batch: Batch, units: np.ndarray, max_tokens: int, names: Sequence[Name], costs: Costs) -> list[np.ndarray]:
-    """Sample indices of micro-batches of at most ``max_tokens`` rows, by the cheapest of the layouts.
+def plan(batch: Batch, units: np.ndarray, max_tokens: int, names: Sequence[Name], costs: Costs) -> tuple[list[np.ndarray], Name]:
+    """Sample indices of micro-batches of at most ``max_tokens`` rows, and their layout: the cheapest.
 
     Args:
         batch: With ``tokens``.
@@ -76,16 +76,9 @@ def plan(batch: Batch, units: np.ndarray, max_tokens: int, names: Sequence[Name]
         names: Layouts to choose from.
         costs: Of the model.
     """
-    return min((planned(batch, units, max_tokens, name, costs) for name in names), key=lambda found: found[1])[0]
-
-
-def cheapest(batch: Batch, names: Sequence[Name], costs: Costs, max_tokens: int) -> Name:
-    """The layout for one micro-batch: of those that take at most ``max_tokens`` rows, or of all if none does (a longer unit)."""
-    if len(names) == 1:
-        return names[0]
-    each, together = np.arange(len(batch)), np.zeros(len(batch), np.int64)
-    fitting = [name for name in names if len(planned(batch, each, max_tokens, name, costs)[0]) == 1]
-    return min(fitting or names, key=lambda name: planned(batch, together, max_tokens, name, costs)[1])
+    found = {name: planned(batch, units, max_tokens, name, costs) for name in names}
+    cheapest = min(names, key=lambda name: found[name][1])
+    return found[cheapest][0], cheapest
 
 
 def planned(batch: Batch, units: np.ndarray, max_tokens: int, name: Name, costs: Costs) -> tuple[list[np.ndarray], float]:

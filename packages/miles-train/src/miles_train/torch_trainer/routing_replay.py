@@ -21,7 +21,7 @@ from miles_core.batch import Batch
 from miles_core.errors import ConfigError, RunError
 from miles_core.moe import chosen_experts, experts, find_routers
 
-from ..routing import MoeShape, experts_to_replay, routing_metrics
+from ..routing import MoeShape, experts_to_replay
 
 
 class RoutingReplay:
@@ -46,6 +46,11 @@ class RoutingReplay:
         for layer, router in enumerate(self._routers):
             router.forward = self._wrapped(layer, router.forward)
 
+    def move_to(self, device: torch.device) -> None:
+        """The model goes to another device; what was counted is forgotten."""
+        self._device = device
+        self.reset()
+
     def reset(self) -> None:
         """Start counting anew; routers choose for themselves outside of ``forward``."""
         self._rows = None
@@ -54,10 +59,10 @@ class RoutingReplay:
         self._wrong = torch.zeros((), dtype=torch.int64, device=self._device)
 
     def finish(self) -> dict[str, float]:
-        """``routing/…`` (see ``routing_metrics``) over the forward passes since ``reset``, which is done again."""
-        metrics = routing_metrics(int(self._differs), self._replayed, self._seen)
+        """What was counted since ``reset``, which is done again: ``differs``, ``replayed``, ``rows`` as ``routing_metrics`` takes them."""
+        counts = {"differs": float(self._differs), "replayed": float(self._replayed), "rows": float(self._seen)}
         self.reset()
-        return metrics
+        return counts
 
     @contextmanager
     def forward(self, batch: Batch, where: np.ndarray, n_rows: int) -> Generator[None]:

@@ -12,8 +12,11 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, 
 
 from miles_core.batch import Batch
 from miles_core.errors import ConfigError
+from miles_core.lora import Lora
+from miles_core.model_files import check_files, refuse_missing, sentences
 
-from .model import Choice, PackedModel, check_directory, close, read, refuse_missing
+from .layouts import MicroBatch
+from .model import Choice, PackedModel, close, read
 
 HEAD = "score.weight"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -38,9 +41,13 @@ class ScalarModel(PackedModel):
     reads = ("tokens", "positions")
     unsupported = ("images", "audio")
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype, device: torch.device, layout: Choice, bitwise: bool = False, lora: Lora | None = None
+    ) -> None:
+        if lora is not None:
+            raise ConfigError("a model with a scalar head has no adapter (lora); train all of its weights")
         super().__init__(path, dtype, device, layout, bitwise)
-        self.score = _head(self.hf)
+        self.score, self._bitwise = _head(self.hf), bitwise
         _check_output(self.hf, self.score)
 
     @staticmethod
@@ -53,8 +60,9 @@ class ScalarModel(PackedModel):
         Raises ConfigError as ``PackedModel.load`` does, and if transformers has no such model with a scalar head, the saved one
         has several labels, or it is of a third kind (a head of another make would be dropped without a word).
         """
-        check_directory(path)
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        check_files(path)
+        with sentences(path):
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ConfigError(f"transformers has no {config.model_type} model with a scalar head; a critic or reward model needs another")
         saved_as = (config.architectures or ["ForCausalLM"])[0]  # few leave it out, all of them language models
@@ -71,11 +79,14 @@ class ScalarModel(PackedModel):
         refuse_missing(model, path, missing)
         return model
 
-    def outputs(self, batch: Batch, rows: np.ndarray) -> dict[str, Tensor]:
+    def outputs(self, micro: MicroBatch, rows: np.ndarray) -> dict[str, Tensor]:
         """See ``PackedModel.outputs``; a value stands on every row, whatever ``rows`` are: reward models read a sample's last."""
-        hidden = self.hidden(batch, self.rows_to_annotate(batch))
+        hidden = self.hidden(micro, self.rows_to_annotate(micro.batch))
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return {"values": F.linear(hidden.to(wide), self.score.weight.to(wide)).squeeze(-1)}
+        hidden, weight = hidden.to(wide), self.score.weight.to(wide)
+        if self._bitwise:  # a product with one column has other bits for other numbers of rows; a sum over each row has not
+            return {"values": (hidden * weight).sum(-1)}
+        return {"values": F.linear(hidden, weight).squeeze(-1)}
 
     def rows_to_annotate(self, batch: Batch) -> np.ndarray:
         """All of them."""
@@ -96,9 +107,14 @@ def _check_output(model: PreTrainedModel, head: nn.Linear) -> None:
     On the way the head's output is replaced by the first number of what it reads: its own may be 0 throughout.
     """
     tokens = torch.tensor([[t for t in range(5) if t != model.config.get_text_config().pad_token_id][:4]], device=model.device)
-    hook = head.register_forward_hook(lambda module, inputs, output: inputs[0][..., :1])
+    read: list[Tensor] = []  # before any other hook makes more rows of them (``numerics: bitwise``)
+    hooks = [
+        head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]), prepend=True),
+        head.register_forward_hook(lambda module, inputs, output: read[-1][..., :1]),
+    ]
     logits = model(tokens, use_cache=False).logits
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     expected = model.base_model(tokens, use_cache=False).last_hidden_state[:, -1, :1]
     if logits.shape != expected.shape or not close(logits, expected):
         name = type(model).__name__

@@ -1,4 +1,4 @@
-"""What the controller and the ranks say to each other. No megatron here: the controller does not import it."""
+"""What the controller and the ranks say to each other."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from miles_core.batch import Batch
+from miles_core.columns import ColumnSpec
 from miles_core.protocols import BuildContext
 from miles_core.sample import Sample
 
-from ..plugins import MegatronTrainerConfig
-from .layout import Layout
+from ..megatron.layout import Layout
+from ..plugins import AdamWTrainerConfig
 
 READS = ("tokens", "targets", "positions", "temperatures")
 """Batch columns that every rank reads."""
@@ -37,17 +38,19 @@ class RankOptions:
         losses: Options of the loss terms by name; none where the model is not trained.
         aggregation: Options of the aggregation.
         modules: Imported first, because they decorate plug-ins.
-        replay: Whether recorded experts are replayed; micro-batches have the column ``routing`` then.
+        columns: All that samples may have, those that plug-ins declared included.
+        replay: See ``RanksTrainer.replays``.
         timeout_s: Deadline of a wait for other ranks.
     """
 
-    config: MegatronTrainerConfig
+    config: AdamWTrainerConfig
     layout: Layout
     dtype: str
     context: BuildContext
     losses: Mapping[str, Mapping[str, Any]]
     aggregation: Mapping[str, Any]
     modules: Sequence[str]
+    columns: Sequence[ColumnSpec]
     replay: bool
     timeout_s: float
 
@@ -75,7 +78,7 @@ class Micro:
 
 
 @dataclass
-class Gradients:
+class RankGradients:
     """What a rank has to say of an optimizer step's gradients.
 
     Attributes:

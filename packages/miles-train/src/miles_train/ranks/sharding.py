@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from miles_core.batch import Batch, Segments
 from miles_core.columns import Column, column_spec, empty_column
 from miles_core.plan import balanced_shards, micro_batches
-from miles_core.refs import SampleRef
 
-from .layout import Layout
+from ..megatron.layout import Layout
 from .messages import Elsewhere, Micro
+
+UNEVEN = 1.05
+"""How many times its share a rank may get so that groups stay together."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,15 @@ class Cut:
         return Cut(batch, layout, [p + [None] * (most - len(p)) for p in parts])
 
     @staticmethod
-    def alone(batch: Batch, layout: Layout, samples: np.ndarray) -> Cut:
-        """One micro-batch of these samples on the first data-parallel rank; the others get a dummy."""
-        return Cut(batch, layout, [[samples], *([None] for _ in range(layout.data - 1))])
+    def whole(batch: Batch, layout: Layout, units: np.ndarray) -> Cut:
+        """A shard for each rank, of nearly equal numbers of rows; ranks make micro-batches of it themselves.
+
+        Groups stay together where that is as well: what their samples begin with is then computed on one rank only.
+        """
+        groups = balanced_shards(batch.lengths, batch.segments.group, layout.data)
+        most = max(int(batch.lengths[shard].sum()) for shard in groups)
+        shards = groups if most * layout.data <= UNEVEN * batch.n_rows else balanced_shards(batch.lengths, units, layout.data)
+        return Cut(batch, layout, [[shard if len(shard) else None] for shard in shards])
 
     def for_ranks(self, reads: Sequence[str], last: Sequence[str]) -> list[tuple[list[Micro]]]:
         """Arguments of every rank: its micro-batches with the columns ``reads``, on the last pipeline stage also ``last``."""
@@ -93,7 +100,7 @@ class Cut:
     def _micro(self, samples: np.ndarray | None, names: Sequence[str]) -> Micro:
         columns = {n: self.batch.columns[n] for n in names}
         if samples is None:
-            return Micro(_dummy(self.batch.refs[0], columns), False)
+            return Micro(empty_batch(replace(self.batch, columns=columns)), False)
         micro = replace(self.batch, columns=columns).select(samples)
         return Micro(replace(micro, refs=tuple(replace(r, handle=Elsewhere()) for r in micro.refs)), True)
 
@@ -101,9 +108,9 @@ class Cut:
         return replace(self.batch, columns={}).select(samples)
 
 
-def _dummy(ref: SampleRef, columns: dict[str, Any]) -> Batch:
-    """A sample of one token that is not trained."""
-    filled: dict[str, Column] = {name: empty_column(column_spec(name), 1, like) for name, like in columns.items()}
+def empty_batch(like: Batch) -> Batch:
+    """A sample of one token that is not trained, with the columns of another batch."""
+    filled: dict[str, Column] = {name: empty_column(column_spec(name), 1, column) for name, column in like.columns.items()}
     one = np.zeros(1, np.int64)
     segments = Segments.of(one, one, np.zeros(1, np.int64))
-    return Batch((replace(ref, length=1, handle=Elsewhere()),), np.array([0, 1]), filled, segments)
+    return Batch((replace(like.refs[0], length=1, handle=Elsewhere()),), np.array([0, 1]), filled, segments)
