@@ -1,9 +1,9 @@
-"""How long tests took, by file, from pytest's JUnit files; and whether those of SGLang and Megatron keep to their 20 minutes.
+"""How long tests took, by file, from pytest's JUnit files; and whether those of SGLang and Megatron keep to their 20 minutes, which is
+said and fails nothing: machines differ.
 
     python .ci/durations.py FILE [FILE …]
 
-A test's time counts what it sets up, so that a server or a cluster of the session counts for the first that asks for it. Exit code 1:
-over the limit.
+A test's time counts what it sets up, so that a server or a cluster of the session counts for the first that asks for it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def main(files: list[str]) -> int:
     for module, taken in seconds.most_common(SHOWN):
         print(f"{taken:8.0f} s  {module}")
     real = sum(taken for module, taken in seconds.items() if any(fnmatch(module, pattern) for pattern in REAL_BACKENDS))
-    print(f"ci: ── SGLang and Megatron: {real:.0f} s of {LIMIT_S} s")
-    return int(real > LIMIT_S)
+    print(f"ci: ── SGLang and Megatron: {real:.0f} s of {LIMIT_S} s{': TOO LONG' if real > LIMIT_S else ''}")
+    return 0
 
 
 if __name__ == "__main__":

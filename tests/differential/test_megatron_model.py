@@ -255,14 +255,15 @@ def lone_token(rank: int, size: int, path: str) -> tuple[int, list[float], bool]
 
     from miles_core.refs import SampleRef
     from miles_core.sample import Sample
-    from miles_train.megatron import inputs, messages, specs
+    from miles_train.megatron import inputs, specs
     from miles_train.megatron.model import build, initialize
+    from miles_train.ranks.messages import READS
 
     layout = Layout(context=2)
     initialize(layout, timeout_s=60)
     model = build(Path(path), specs.model_spec(specs.read_config(Path(path))), layout, torch.float32)
     whole = batch()
-    one = Batch.of([SampleRef.of(Sample.of(whole.refs[0].id, np.array([3])))]).load(messages.READS)
+    one = Batch.of([SampleRef.of(Sample.of(whole.refs[0].id, np.array([3])))]).load(READS)
     micro = inputs.micro_inputs(one, layout, layout.coordinates(rank).context)
     output = inputs.outputs(model, inputs.forward(model, micro), micro, np.zeros(0, np.int64))
     (output["logprobs"].sum() + output["entropy"].sum()).backward()
