@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fixtures.gsm8k import gsm8k
+from fixtures.gsm8k import gsm8k, gsm8k_directory
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -181,6 +181,7 @@ def test_gsm8k_training_is_deterministic(gsm8k_bpe) -> None:
             "RAYON_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "true",
             "PATH": "",
+            "MILES_GSM8K": str(gsm8k_directory()),
         }
         command = [sys.executable, "-c", TRAIN, GSM8K_BPE.model_dump_json(exclude_unset=True)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
