@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fixtures.runs import finish
 
 MINIATURE = """
 extends: quickstart
@@ -28,13 +28,7 @@ stages:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a miniature that ran to its end, for tests that read it; one that changes something copies it."""
-    from miles_core.config import resolve
-    from miles_core.runner import Run
-
-    parent = tmp_path_factory.mktemp("finished")
-    (parent / "mini.yaml").write_text(MINIATURE)
-    config = resolve(str(parent / "mini.yaml"), [f"runs_dir={parent}"])
-    return asyncio.run(Run(config).start()).run_dir
+    return finish(MINIATURE, tmp_path_factory.mktemp("finished"))
 
 
 @dataclass(frozen=True)

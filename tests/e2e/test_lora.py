@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.runs import finish
 from safetensors.numpy import load_file, save_file
 
 LORA = """
@@ -54,13 +54,7 @@ ADAPTER_BYTES = 2 * 4 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run: two steps of SFT, three of GRPO with an adapter, bit by bit reproducible."""
-    from miles_core.config import resolve
-    from miles_core.runner import Run
-
-    parent = tmp_path_factory.mktemp("adapted")
-    (parent / "mini_lora.yaml").write_text(LORA)
-    config = resolve(str(parent / "mini_lora.yaml"), [f"runs_dir={parent}", "numerics=bitwise"])
-    return asyncio.run(Run(config).start()).run_dir
+    return finish(LORA, tmp_path_factory.mktemp("adapted"), "name=lora", "numerics=bitwise")
 
 
 @pytest.fixture

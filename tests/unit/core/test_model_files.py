@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fixtures.megatron import megatron_trainer
 
+from miles_core import model_files
 from miles_core.errors import ConfigError
 from miles_core.headers import read_header
 from miles_core.model_files import check_files, declared_ends, ends_of_text, refuse_not_finite, weight_shapes
@@ -157,6 +158,17 @@ def test_what_files_say(model: Path, spoil: Callable[[Path], str]):
     with pytest.raises(ConfigError, match=words) as error:
         check_files(model)
     assert str(model) in str(error.value)
+
+
+def test_a_tokenizer_is_read_again_only_when_it_has_changed(model: Path, monkeypatch: pytest.MonkeyPatch):
+    read, json_object = list[str](), model_files.json_object
+    monkeypatch.setattr(model_files, "json_object", lambda path: read.append(path.name) or json_object(path))
+    for _ in range(3):
+        check_files(model)
+    assert read.count("tokenizer.json") <= 1
+    words = tokenizer_of_another(model)
+    with pytest.raises(ConfigError, match=words):
+        check_files(model)
 
 
 def test_headers_agree_with_the_library(good: Path, model: Path):

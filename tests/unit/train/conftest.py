@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from fixtures.megatron import megatron_trainer
-from fixtures.training import MODELS, write_model
+from fixtures.training import MODELS, started, write_model
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +25,5 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture
 async def start(cluster: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Starts trainers, and closes them."""
-    made: list[Any] = []
-
-    async def started(path: Path, **options: Any) -> Any:
-        made.append(megatron_trainer(path, tmp_path, cluster, **options))
-        await made[-1].start()
-        return made[-1]
-
-    yield started
-    for trainer in made:
-        await trainer.close()
+    async with started(lambda path, **options: megatron_trainer(path, tmp_path, cluster, **options)) as start:
+        yield start

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fixtures.megatron import STEEP, megatron_trainer, torch_twin
-from fixtures.training import NO_GATES, VOCAB, ragged_batch, same, weights
+from fixtures.training import NO_GATES, VOCAB, ragged_batch, same, weights, without_weight
 
 from miles_core.batch import Batch
 from miles_core.columns import Ragged
@@ -131,14 +131,7 @@ async def test_there_must_be_a_cluster(dense: Path, tmp_path: Path):
 
 
 async def test_a_checkpoint_that_lacks_weights_is_refused_by_all_ranks(start: Start, dense: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    path = tmp_path / "lacking"
-    path.mkdir()
-    (path / "config.json").write_bytes((dense / "config.json").read_bytes())
-    tensors = load_file(dense / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path / "model.safetensors")
+    path = without_weight(tmp_path / "lacking", dense, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         await start(path, parallel=TWO)
 

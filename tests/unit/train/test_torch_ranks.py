@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from fixtures.megatron import STEEP, spread_trainer, torch_twin
 from fixtures.trainers import routed_batch
-from fixtures.training import ragged_batch, same, weights, write_scalar_model
+from fixtures.training import ragged_batch, same, started, weights, without_weight, write_scalar_model
 
 from miles_core.batch import Batch
 from miles_core.columns import COLUMNS, ColumnSpec
@@ -29,16 +29,8 @@ STEADY: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "max_gra
 @pytest_asyncio.fixture
 async def start(cluster: Any, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts trainers over ranks, and closes them."""
-    made: list[Any] = []
-
-    async def started(path: Path, **options: Any) -> Any:
-        made.append(spread_trainer(path, tmp_path, cluster, **options))
-        await made[-1].start()
-        return made[-1]
-
-    yield started
-    for trainer in made:
-        await trainer.close()
+    async with started(lambda path, **options: spread_trainer(path, tmp_path, cluster, **options)) as start:
+        yield start
 
 
 def near(a: dict[str, Any], b: dict[str, Any], tolerance: float = 2e-6) -> bool:
@@ -207,14 +199,7 @@ async def test_there_must_be_a_cluster(dense: Path, tmp_path: Path):
 
 
 async def test_a_model_that_cannot_be_read_is_a_sentence_of_all_ranks(start: Start, dense: Path, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    path = tmp_path / "lacking"
-    path.mkdir()
-    (path / "config.json").write_bytes((dense / "config.json").read_bytes())
-    tensors = load_file(dense / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    path = without_weight(tmp_path / "lacking", dense, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ConfigError, match=r"lacks 1 weights of Qwen3ForCausalLM, the first is 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         await start(path)
 

@@ -1,7 +1,7 @@
 """What is wrong with a Hugging Face directory, as a sentence: before it is read (files alone, no torch), and when it has been.
 
-``check_files`` looks at the configuration, at the headers of the weights and at the tokenizer, in milliseconds whatever the size.
-``read_model`` is the one way in which transformers reads a model here; ``refuse_not_finite`` looks at the numbers themselves.
+``check_files`` looks at the configuration, at the headers of the weights and at the tokenizer, in milliseconds whatever the size of the
+weights. ``read_model`` is the one way in which transformers reads a model here; ``refuse_not_finite`` looks at the numbers themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ def check_files(path: Path) -> None:
     _check_embedding(path, config, shapes)
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
-        check_vocabulary(path, _written(json_object(tokenizer)))
+        state = tokenizer.stat()
+        check_vocabulary(path, _last_written(tokenizer, state.st_mtime_ns, state.st_size))
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -248,14 +250,20 @@ def _mismatch(path: Path, name: str, have: tuple[int, ...], wanted: tuple[Any, .
     )
 
 
-def _written(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Tokens of a tokenizer.json that texts are written with, by id; empty where its form is another."""
+@lru_cache(maxsize=16)
+def _last_written(file: Path, mtime_ns: int, size: int) -> dict[str, int]:
+    """The token with the largest id among those of a tokenizer.json that texts are written with; empty where its form is another.
+
+    Large vocabularies take tenths of a second, and everybody who reads a model looks: the same file is read once (time and size say so).
+    """
+    tokenizer = json_object(file)
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = {entry.get("content") for entry in tokenizer.get("added_tokens") or [] if isinstance(entry, dict)}
     if isinstance(vocabulary, list):  # unigram: pairs of token and score, in the order of ids
         vocabulary = {entry[0]: id for id, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    return {token: id for token, id in (vocabulary or {}).items() if token not in added and isinstance(id, int)}
+    written = {token: id for token, id in (vocabulary or {}).items() if token not in added and isinstance(id, int)}
+    return dict([max(written.items(), key=lambda item: item[1])]) if written else {}
 
 
 def _field(config: dict[str, Any], name: str) -> Any:
