@@ -18,7 +18,7 @@ from fixtures.forked import run_forked
 from fixtures.training import COMMON, MODELS, VOCAB, ragged_batch, write_model
 
 from miles_core.batch import Batch
-from miles_train.megatron.layout import Layout
+from miles_train.ranks.layout import Layout
 
 MOE: dict[str, Any] = dict(MODELS["moe"], num_experts=8)
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from fixtures.trainers import forced_routing, routed_batch
 from fixtures.training import MODELS, write_model
 
 from miles_core.batch import Batch
-from miles_train.megatron.layout import Layout
+from miles_train.ranks.layout import Layout
 
 MODEL: dict[str, Any] = MODELS["moe"] | dict(num_experts=8, num_hidden_layers=4, mlp_only_layers=[1])
 """A dense layer among MoE layers: stages of a pipeline have different numbers of them."""

@@ -82,7 +82,7 @@ def on_a_rank(rank: int, size: int, paths: dict[str, Path]) -> dict[tuple[str, s
     import torch
 
     from miles_core.plan import unit_of_all, units_of
-    from miles_train.megatron.layout import Layout
+    from miles_train.ranks.layout import Layout
     from miles_train.ranks.sharding import Cut
     from miles_train.torch_trainer.causal_lm import CausalLM
     from miles_train.torch_trainer.parts import whole

@@ -19,9 +19,10 @@ from fixtures.training import COMMON, MODELS
 
 from miles_core.errors import ConfigError
 from miles_train.megatron.cuts import Cut, local_shape, pieces
-from miles_train.megatron.layout import Layout
+from miles_train.megatron.fitting import problems
 from miles_train.megatron.qwen3 import QWEN3
 from miles_train.megatron.specs import ModelSpec, model_spec, read_config
+from miles_train.ranks.layout import Layout
 
 DENSE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -112,7 +113,7 @@ def test_published_models(name: str):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     assert sum(prod(shape) for p in parameters for _, shape in p.tensors) == sum(p.numel() for p in model.parameters())
-    assert Layout(tensor=4, pipeline=2, expert=4).problems(config) == ([] if "num_experts" in config else [NO_EXPERTS])
+    assert problems(Layout(tensor=4, pipeline=2, expert=4), config) == ([] if "num_experts" in config else [NO_EXPERTS])
 
 
 NO_EXPERTS = "4 expert-parallel ranks, but Qwen3ForCausalLM has no experts; leave expert at 1"
@@ -304,26 +305,25 @@ def test_ranks_stand_where_megatron_puts_them():
     ],
 )  # fmt: skip
 def test_what_does_not_divide(layout: Layout, config: dict[str, Any], words: list[str]):
-    found = layout.problems(config)
+    found = problems(layout, config)
     assert len(found) == len(words)
     for sentence, part in zip(found, words, strict=True):
         assert part in sentence
 
 
 def test_what_divides():
-    assert Layout(tensor=2, pipeline=2, context=2, data=3).problems(DENSE) == []
-    assert Layout(tensor=2, pipeline=2, expert=4, data=2).problems(MOE) == []
-    assert Layout(tensor=2).problems(DENSE | {"vocab_size": 43}) == []
-    assert Layout().problems(MODELS["moe"] | MOE) == []
+    assert problems(Layout(tensor=2, pipeline=2, context=2, data=3), DENSE) == []
+    assert problems(Layout(tensor=2, pipeline=2, expert=4, data=2), MOE) == []
+    assert problems(Layout(tensor=2), DENSE | {"vocab_size": 43}) == []
+    assert problems(Layout(), MODELS["moe"] | MOE) == []
 
 
 # Imports
 
 
 def test_tables_and_layouts_need_no_torch():
-    code = (
-        "import sys, miles_train.megatron.layout, miles_train.megatron.qwen3; print([m for m in sys.modules if m in ('torch', 'megatron')])"
-    )
+    modules = "miles_train.megatron.fitting, miles_train.megatron.qwen3"
+    code = f"import sys, {modules}; print([m for m in sys.modules if m in ('torch', 'megatron')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

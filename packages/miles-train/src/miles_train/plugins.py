@@ -158,20 +158,21 @@ class MegatronTrainerConfig(AdamWTrainerConfig):
 
     def problems(self, stage: Any) -> list[str]:
         """A role that it cannot train, a layout that does not divide what is known of the model, an architecture that is not known."""
-        from .megatron.layout import Layout
+        from .megatron import fitting
+        from .ranks.layout import Layout
 
-        found: list[str] = []
+        layout, found = Layout(**self.parallel.model_dump()), list[str]()
         for model in (m for m in stage.models.values() if m.trainer is self):
             if model.role in ("critic", "reward"):
                 found.append(f"it has no scalar head yet, which a {model.role} needs; use trainer: torch")
             config = Path(model.path or "") / "config.json"
             if model.path is not None and config.is_file():
                 try:
-                    found += Layout(**self.parallel.model_dump()).problems(json.loads(config.read_text()))
+                    found += fitting.problems(layout, json.loads(config.read_text()))
                 except (ConfigError, ValueError) as error:
                     found.append(str(error))
             elif model.config is not None:
-                found += Layout(**self.parallel.model_dump()).indivisible(model.config)
+                found += fitting.early_problems(layout, model.config)
         return found
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from miles_core.errors import CheckpointError
 from miles_core.tokenizers import TOKENIZER_FILES
 
+from ..ranks.layout import Layout
 from ..tensor_files import read_tensors
-from .layout import Layout
 
 if TYPE_CHECKING:  # it imports megatron, which the controller does not
     from .optimizer import ShardedAdamW

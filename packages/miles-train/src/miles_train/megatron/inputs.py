@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from miles_core.batch import Batch
 from miles_kernels.ops.linear_logprob import linear_logprob
 
-from .layout import Layout
+from ..ranks.layout import Layout
 from .model import PolicyModel, parallel_state
 
 

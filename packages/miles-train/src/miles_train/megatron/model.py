@@ -14,8 +14,8 @@ from torch import Tensor
 
 from miles_core.errors import ConfigError
 
-from . import bridge, layers
-from .layout import Coordinates, Layout
+from ..ranks.layout import Coordinates, Layout
+from . import bridge, fitting, layers
 from .specs import ModelSpec, read_config
 
 bridge.install()
@@ -143,7 +143,7 @@ def build(path: Path, spec: ModelSpec, layout: Layout, dtype: torch.dtype, *, re
     from .weights import load  # knows PolicyModel
 
     hf_config = read_config(path)
-    if problems := layout.problems(hf_config):
+    if problems := fitting.problems(layout, hf_config):
         raise ConfigError(f"{path} does not fit {layout}: " + "; ".join(problems))
     model = PolicyModel(spec, hf_config, layout, transformer_config(spec, hf_config, layout, dtype, replay=replay, recompute=recompute))
     load(model, path)

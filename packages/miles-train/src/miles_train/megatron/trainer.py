@@ -15,13 +15,13 @@ from miles_core.model_files import check_files
 from miles_core.protocols import BuildContext
 
 from ..plugins import MegatronTrainerConfig
+from ..ranks.layout import Layout
 from ..ranks.messages import READS
 from ..ranks.sharding import Cut
 from ..ranks.trainer import RanksTrainer
 from ..routing import MoeShape, load_routing
 from ..steps import load_checked
-from . import checkpoint
-from .layout import Layout
+from . import checkpoint, fitting
 from .specs import model_spec, read_config
 
 UNSUPPORTED = ("support", "images", "audio")
@@ -43,7 +43,7 @@ class MegatronTrainer(RanksTrainer):
         assert context.model_path is not None
         check_files(context.model_path)
         hf_config = read_config(context.model_path)
-        if problems := self.layout.problems(hf_config):
+        if problems := fitting.problems(self.layout, hf_config):
             raise ConfigError(f"model {context.model!r} does not fit trainer.parallel: {'; '.join(problems)}")
         spec = model_spec(hf_config)
         self._vocab_size: int = spec.model(hf_config)["vocab_size"]

@@ -13,8 +13,8 @@ from miles_core.columns import ColumnSpec
 from miles_core.protocols import BuildContext
 from miles_core.sample import Sample
 
-from ..megatron.layout import Layout
 from ..plugins import AdamWTrainerConfig
+from .layout import Layout
 
 READS = ("tokens", "targets", "positions", "temperatures")
 """Batch columns that every rank reads."""

@@ -15,7 +15,7 @@ from miles_core.batch import Batch, Segments
 from miles_core.columns import Column, column_spec, empty_column
 from miles_core.plan import balanced_shards, micro_batches
 
-from ..megatron.layout import Layout
+from .layout import Layout
 from .messages import Elsewhere, Micro
 
 UNEVEN = 1.05

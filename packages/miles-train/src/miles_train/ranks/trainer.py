@@ -26,8 +26,8 @@ from miles_core.plugins import PluginConfig
 from miles_core.protocols import BuildContext, Ranks
 
 from ..driver import Driver, Gradients
-from ..megatron.layout import Layout
 from ..plugins import AdamWTrainerConfig
+from .layout import Layout
 from .messages import Bucket, RankGradients, RankOptions
 from .sharding import Cut
 

@@ -14,8 +14,8 @@ from miles_core.batch import Batch
 from miles_core.errors import ConfigError
 from miles_core.protocols import BuildContext
 
-from ..megatron.layout import Layout
 from ..plugins import TorchTrainerConfig
+from ..ranks.layout import Layout
 from ..ranks.sharding import Cut
 from ..ranks.trainer import RanksTrainer
 from ..routing import MoeShape, load_routing
