@@ -316,7 +316,9 @@ async def test_a_batch_of_which_nothing_is_trained_is_dropped_and_replaced(tmp_p
     loop = life(tmp_path, Failures(), max_staleness=max_staleness)
     empty = {f"e0-{number}" for number in range(GROUPS, 2 * GROUPS)}
     loop.learners[0].filters = {"none": lambda sample: "of no use" if sample.id.group in empty else None}
+    loop.hooks, steps = Hooks({"h": SimpleNamespace(before_step=lambda loop: steps.append(loop.step + 1))}), []
     await loop.run()
+    assert steps == [*range(1, STEPS + 1)]
     read = [group for step in next(iter(loop.trainers.values())).read for group in step]
     counts = loop.buffer.counts
     assert len(read) == len(set(read)) == STEPS * GROUPS and not empty & set(read)

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from miles_core import calls, scoring
 from miles_core.errors import DataError, InfrastructureFailure, PluginError, RunError
-from miles_core.loop import rollout_metrics
 from miles_core.plugins import RewardConfig
 from miles_core.protocols import Score
 from miles_core.refs import SampleRef
 from miles_core.rewards.weighted_sum import WeightedSum
+from miles_core.rollout_metrics import rollout_metrics
 from miles_core.scoring import Scorer
 
 

@@ -96,7 +96,7 @@ async def test_every_sink_gets_the_weights(use: str, tiny: Any, tmp_path: Path):
     metrics = await transport(use, tiny, tmp_path).publish(source, sinks, 4)
     for sink in sinks:
         assert sink.version == 4 and all(torch.equal(sink.weights[n], t) for n, t in source.weights.items())
-    assert metrics["bytes"] >= 3 * (6 * 4 + 4 * 2) and metrics["seconds"] > 0 and metrics["verified"] == 1
+    assert metrics["bytes"] >= 3 * (6 * 4 + 4 * 2) and metrics["seconds"] > 0
     assert source.exported and not source.exported[0].exists()  # nothing is left behind
     assert all(sink.state == "serving" and set(sink.done) == {"syncing"} for sink in sinks)  # not before everything was compared
 

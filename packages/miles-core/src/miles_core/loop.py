@@ -8,8 +8,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
 from . import cut
 from .batch import Batch
 from .buffer import Buffer
@@ -21,8 +19,8 @@ from .observer import Observer
 from .producer import Producer
 from .protocols import Evaluator, Players, Tracker, Trainer, WeightTransport
 from .refs import GroupRef, SampleRef
+from .rollout_metrics import rollout_metrics
 from .run_dir import RunDir
-from .sample import Status
 from .sample_io import save_samples
 from .trace import Trace
 from .waiting import deadline
@@ -117,13 +115,6 @@ class Loop:
         began = time.perf_counter()
         await self.hooks.fire("before_rollout", self)
         groups, batches = await self._taken()
-        while not any(map(self._trains, self.learners, batches)):  # trainers would refuse them, now and after every resume
-            self.observer.note(
-                f"Step {self.version + 1}: filters, corrections or the rollout leave no token of its {len(groups)} groups to train on; "
-                "others take their place."
-            )
-            await self.buffer.discard(groups, "no token of the whole batch is trained")
-            groups, batches = await self._taken()
         self._between_steps = False
         for learner in self.learners:
             learner.trained_something = False
@@ -160,17 +151,24 @@ class Loop:
             await self._save()
 
     async def _taken(self) -> tuple[list[GroupRef], list[Batch]]:
-        """The next groups, and what each learner is trained on in this step."""
-        with self._phase("rollout"):
-            groups = await self.buffer.take(self.stage.deadlines.rollout)
-        try:
-            await self.hooks.fire("after_rollout", self)
-            batches = [await self._batch(learner, groups) for learner in self.learners]
-            await self.hooks.fire("before_step", self)
-        except BaseException:
-            self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
-            raise
-        return groups, batches
+        """The next groups that give something to train on, and what each learner is trained on in this step."""
+        while True:
+            with self._phase("rollout"):
+                groups = await self.buffer.take(self.stage.deadlines.rollout)
+            try:
+                await self.hooks.fire("after_rollout", self)
+                batches = [await self._batch(learner, groups) for learner in self.learners]
+                if any(map(self._trains, self.learners, batches)):
+                    await self.hooks.fire("before_step", self)
+                    return groups, batches
+            except BaseException:
+                self.buffer.put_back(groups)  # nothing was trained: the cut taken now must not lose them
+                raise
+            self.observer.note(
+                f"Step {self.version + 1}: filters, corrections or the rollout leave no token of its {len(groups)} groups to train on; "
+                "others take their place."
+            )
+            await self.buffer.discard(groups, "no token of the whole batch is trained")  # refused now, and after every resume
 
     def _trains(self, learner: Learner, batch: Batch) -> bool:
         """Whether a learner takes a step on a batch: some token is trained, or it is for an ``@miles.update``, which may not care."""
@@ -304,22 +302,3 @@ class Loop:
         with self.trace.span(name, step=self.version):
             yield
         self.row[f"time/{name}"] = float(self.row.get(f"time/{name}", 0.0)) + time.perf_counter() - began
-
-
-def rollout_metrics(refs: Sequence[SampleRef]) -> dict[str, float | int | str]:
-    """What a step's samples were like; rewards once a trajectory."""
-    rewards = list({(r.id.policy, r.id.group, r.id.trajectory): r.reward for r in refs if r.reward is not None}.values())
-    out: dict[str, float | int | str] = {
-        "trajectories": len({(r.id.policy, r.id.group, r.id.trajectory) for r in refs}),
-        "sampled_tokens": sum(r.sampled for r in refs),
-        "length/mean": float(np.mean([r.length for r in refs])),
-        "length/sampled": float(np.mean([r.sampled for r in refs])),
-        "truncated": float(np.mean([r.status == Status.TRUNCATED for r in refs])),
-    }
-    if rewards:
-        out |= {"reward": float(np.mean(rewards)), "reward/std": float(np.std(rewards))}
-    parts: dict[str, list[float]] = {}
-    for trajectory in {(r.id.policy, r.id.group, r.id.trajectory): r.rewards for r in refs}.values():
-        for name, value in trajectory.items():
-            parts.setdefault(name, []).append(value)
-    return out | {f"rewards/{name}": float(np.mean(values)) for name, values in parts.items()}
