@@ -210,9 +210,8 @@ models: {policy: {engine: local, trainer: {use: torch, lr: 1.0e-9}, advantage: g
     [
         (
             ["stages.rl.models.policy.trainer=megatron"],
-            "trainer 'megatron' takes no adapter (lora); trainer torch with ranks: 1 and engine local do",
+            "trainer 'megatron' takes no adapter (lora); trainer torch and engine local do",
         ),
-        (["models.policy.trainer.ranks=2"], "trainer 'torch' takes no adapter (lora); trainer torch with ranks: 1"),
         (["stages.rl.models.policy.engine=sglang", "stages.rl.models.policy.transport=tensor"], "engine 'sglang' takes no adapter (lora)"),
         (["stages.rl.models.critic={role: critic, trainer: torch, lora: {}}"], "lora is for policies, this is a critic; leave it out"),
         (["stages.rl.models.policy.lora.path=x"], "the adapter in path brings its own rank; leave that out"),

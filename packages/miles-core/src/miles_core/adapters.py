@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -67,8 +67,11 @@ class Adapter:
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """(name in adapter_model.safetensors, detached tensor) of every weight."""
-        for name, parameter in self.parameters.items():
-            yield self._names[name], parameter.detach()
+        yield from self.in_file({name: parameter.detach() for name, parameter in self.parameters.items()}).items()
+
+    def in_file(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same by their names in adapter_model.safetensors."""
+        return {self._names[name]: tensor for name, tensor in weights.items()}
 
     def own_names(self) -> dict[str, str]:
         """The model's own name of each weight by that in the file."""
@@ -106,13 +109,15 @@ class Adapter:
             for name, p in self.parameters.items()
         }
 
-    def write(self, directory: Path) -> None:
-        """A PEFT directory and the tokenizer's files; once adapter_config.json is there, all is."""
+    def write(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A PEFT directory and the tokenizer's files; once adapter_config.json is there, all is.
+
+        ``weights``: by the model's own names, where those that count are elsewhere."""
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(tokenizer_of(self.lora.directory, self._source), directory)
-        tensors = {name: tensor.contiguous() for name, tensor in self.named()}
+        tensors = {name: tensor.contiguous() for name, tensor in (self.named() if weights is None else self.in_file(weights).items())}
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", BASE_DIGEST: self._digest})
         fields = self._config.to_dict() | {"base_model_name_or_path": self.lora.base, "revision": None, "inference_mode": True}
         said = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}

@@ -90,7 +90,7 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
         yield f"lora is for policies, this is a {model.role}; leave it out (a path may be a PEFT directory)"
     for kind, plugin in (("trainer", model.trainer), ("engine", model.engine)):
         if plugin is not None and not plugin.takes_lora:
-            yield f"{kind} {plugin.use!r} takes no adapter (lora); trainer torch with ranks: 1 and engine local do"
+            yield f"{kind} {plugin.use!r} takes no adapter (lora); trainer torch and engine local do"
 
 
 def _model_problems(name: str, model: ModelConfig, stage: StageConfig, owners: list[str]) -> Iterator[str]:

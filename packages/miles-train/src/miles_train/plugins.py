@@ -82,6 +82,7 @@ class TorchTrainerConfig(AdamWTrainerConfig):
     gives: ClassVar[frozenset[str]] = frozenset({"old_logprobs", "ref_logprobs", "teacher_logprobs", "values"})
     """``values`` where the model's role is critic or reward, log-probabilities elsewhere."""
     knows_old_logprobs: ClassVar[bool] = True
+    takes_lora: ClassVar[bool] = True
 
     ranks: int = Field(1, ge=1)
     """Over how many ranks of the run's cluster samples, weights and AdamW's state are spread (FSDP2); 1 is the run's own process. With n
@@ -99,11 +100,6 @@ class TorchTrainerConfig(AdamWTrainerConfig):
     def target(self) -> str:  # ty: ignore[incompatible-property-override]
         """See ``PluginConfig``."""
         return "miles_train.torch_trainer." + ("trainer:TorchTrainer" if self.ranks == 1 else "spread:SpreadTorchTrainer")
-
-    @property
-    def takes_lora(self) -> bool:  # ty: ignore[incompatible-property-override]
-        """See ``ModelPart``: not over ranks so far."""
-        return self.ranks == 1
 
     def bitwise_problems(self) -> list[str]:
         """See ``ModelPart``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miles_core import errors
 from miles_core.columns import register_column
-from miles_core.errors import MilesError
+from miles_core.errors import ConfigError, MilesError
 from miles_core.plugin_finding import import_module
 from miles_core.plugins import config_class
 from miles_core.protocols import Aggregation, BuildContext, LossTerm, Place
@@ -39,6 +39,7 @@ class RankWorker:
         cuda = options.context.device == "cuda"
         self.device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
         if cuda:
+            _expect_device(place)
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(place.threads)
@@ -72,6 +73,13 @@ class RankWorker:
             if first is not None:
                 raise getattr(errors, first[0])(first[1])
         return result  # ty: ignore[invalid-explicit-return]
+
+
+def _expect_device(place: Place) -> None:
+    if place.local_rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"rank {place.rank} of {place.size} wants GPU {place.local_rank} of its machine, which has {count}; use as many ranks as GPUs"
+        )
 
 
 def as_message(bucket: Iterable[tuple[str, Tensor]]) -> Bucket:

@@ -97,7 +97,7 @@ def export(directory: Path, model: PackedModel, source: Path, weights: Mapping[s
 
     ``weights``: under the modules' own names, where the model's are elsewhere."""
     if model.adapter is not None:
-        model.adapter.write(directory)
+        model.adapter.write(directory, weights)
         return
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory, prefix=".export-") as scratch:

@@ -75,17 +75,20 @@ class Sharded:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """On rank 0 what ``PackedModel.named_weights`` gives, on the CPU; nothing elsewhere. Collective."""
         held = self.whole_weights()
-        yield from revert_weight_conversion(self.model.hf, held).items() if held else ()
+        if self.model.adapter is not None:
+            yield from self.model.adapter.in_file(held).items()
+        elif held:
+            yield from revert_weight_conversion(self.model.hf, held).items()
 
     @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor]:
-        """On rank 0 every weight under the modules' name, in the forward pass's dtype, on the CPU, tied ones once; elsewhere none.
-
-        Collective."""
+        """On rank 0 what is published, under the modules' name, in the forward pass's dtype, on the CPU, tied ones once: an adapter's
+        weights, or all of the model; elsewhere none. Collective."""
         seen: set[int] = set()
         held: dict[str, Tensor] = {}
+        adapter = self.model.adapter
         for name, weight in self.model.hf.state_dict(keep_vars=True).items():
-            if id(weight) in seen:
+            if id(weight) in seen or (adapter is not None and name not in adapter.parameters):
                 continue
             seen.add(id(weight))
             tensor = whole(weight.detach().to(self.dtype) if isinstance(weight, DTensor) else weight.detach())

@@ -33,8 +33,6 @@ class SpreadTorchTrainer(RanksTrainer):
     worker: ClassVar[str] = "miles_train.torch_trainer.worker:Worker"
 
     def __init__(self, config: TorchTrainerConfig, context: BuildContext) -> None:
-        if context.lora is not None:
-            raise ConfigError("trainer 'torch' trains an adapter (lora) in one process so far; set ranks: 1")
         if context.bitwise:
             raise ConfigError("trainer 'torch' adds gradients up over ranks; numerics: bitwise needs ranks: 1")
         dtype = str(compute_dtype(config.dtype, torch.device(context.device))).removeprefix("torch.")

@@ -33,7 +33,7 @@ class Worker(RankWorker):
         self._sharded = Sharded(self._model, getattr(torch, options.dtype), self.device, gathers_once=on_cpu)
         self._passes = Passes(self._model, self.losses, self.aggregation, config.micro_batch_tokens, self._sharded)
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = MasterAdamW(self._model.hf, dict(self._model.hf.named_parameters()), config) if options.losses else None
+        self._optimizer = MasterAdamW(self._model.hf, self._model.masters(), config) if options.losses else None
 
     def facts(self) -> tuple[int, MoeShape | None]:
         """What the controller checks batches by: the size of the vocabulary, and what routing is replayed."""
