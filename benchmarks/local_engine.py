@@ -10,6 +10,10 @@ engine's fused step, Granite (Llama with other scales) stands for all that run m
 
 The engine gets one request a sample, all at once, and returns logprobs and versions too; `generate` gets the batch (prompts padded on the
 left) and returns tokens. Ratios are engine / generate: above 1 the engine wins.
+
+`floor` is what nobody who runs this model step by step with torch on a CPU can leave out: the products with the weights and attention, at
+the shapes of the engine's own steps (rows that are finished are gone), by the fastest forms we know, and nothing else: no norms,
+rotations, activations, writes to the cache, no sampling, no logprobs. `at_best` is floor / generate: the ratio if all of that cost nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from _machine import ROOT, interleave, median_ratio, summary, write_result
 from miles_core.protocols import BuildContext, GenerateRequest, SamplingParams
+from miles_kernels.registry import backend
 from miles_rollout.local.engine import LocalEngine
 from miles_rollout.plugins import LocalEngineConfig
 
@@ -68,8 +74,35 @@ def prompts(job: str, batch: int) -> list[np.ndarray]:
     return [prompt for prompt in distinct for _ in range(GROUP)]
 
 
+class Floor:
+    """Products and attention of decoding steps, on random numbers in the shapes of a model's."""
+
+    def __init__(self, config: Any, slots: int, length: int) -> None:
+        heads, self.heads_kv, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        outputs = (((heads + 2 * self.heads_kv) * head_dim, hidden), (hidden, heads * head_dim), (2 * inner, hidden), (hidden, inner))
+        self.layers = [
+            ([torch.randn(*shape) for shape in outputs], *(torch.randn(slots * self.heads_kv, length, head_dim) for _ in range(2)))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.head = torch.randn(config.vocab_size, hidden)
+        self.inputs = {width: torch.randn(slots, width) for width in (hidden, heads * head_dim, inner)}
+        self.query = torch.randn(slots * self.heads_kv, heads // self.heads_kv, head_dim)
+        self.product = backend("linear", torch.device("cpu")).product
+
+    def step(self, rows: int, length: int) -> None:
+        """One token of each row, over ``length`` positions."""
+        query = self.query[: rows * self.heads_kv]
+        for weights, keys, values in self.layers:
+            for weight in weights:
+                self.product(self.inputs[weight.shape[1]][:rows], weight)
+            scores = torch.bmm(query, keys[: len(query), :length].transpose(1, 2))
+            torch.bmm(torch.softmax(scores, dim=-1), values[: len(query), :length])
+        self.product(self.inputs[self.head.shape[1]][:rows], self.head)
+
+
 class Sampling:
-    """Both ways to sample a batch; each returns tokens per second of processor time."""
+    """Both ways to sample a batch, and the floor; each returns tokens per second of processor time."""
 
     def __init__(self, path: Path, job: str) -> None:
         self.job = job
@@ -78,6 +111,8 @@ class Sampling:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path).eval()
         self.loop = asyncio.new_event_loop()
         self.round = 0
+        self.lengths: dict[int, list[int]] = {}  # of what the engine sampled last, by batch
+        self.floors: dict[int, Floor] = {}
 
     def local_engine(self, batch: int) -> float:
         self.round += 1
@@ -93,7 +128,20 @@ class Sampling:
             return await asyncio.gather(*(one(index) for index in range(batch)))
 
         began = time.process_time()
-        return sum(self.loop.run_until_complete(everything())) / (time.process_time() - began)
+        self.lengths[batch] = self.loop.run_until_complete(everything())
+        return sum(self.lengths[batch]) / (time.process_time() - began)
+
+    @torch.inference_mode()
+    def floor(self, batch: int) -> float:
+        if batch not in self.floors:
+            self.floors[batch] = Floor(self.model.config, batch, max(PROMPT_LENGTHS[self.job]) + NEW_TOKENS)
+            self.local_engine(batch)
+        contexts, lengths = np.array([len(context) for context in prompts(self.job, batch)]), np.array(self.lengths[batch])
+        steps = [(int((lengths > step).sum()), int(contexts[lengths > step].max()) + step) for step in range(lengths.max())]
+        began = time.process_time()
+        for rows, length in steps:
+            self.floors[batch].step(rows, length)
+        return float(lengths.sum()) / (time.process_time() - began)
 
     @torch.inference_mode()
     def generate(self, batch: int) -> float:
@@ -128,17 +176,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         for model_type, job, batch in itertools.product(args.models, PROMPT_LENGTHS, args.batches):
             ways = Sampling(save_model(Path(directory), job, model_type), job)
-            rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate")}, args.repeats)
-            ratio = median_ratio(rates["local_engine"], rates["generate"])
+            rates = interleave({w: partial(getattr(ways, w), batch) for w in ("local_engine", "generate", "floor")}, args.repeats)
+            ratio, at_best = (median_ratio(rates[way], rates["generate"]) for way in ("local_engine", "floor"))
             fused = bool(ways.engine.stats()["fused"])
             result[f"{model_type}/{job}/{batch}"] = {
                 "rates": {way: summary(measured) for way, measured in rates.items()},
                 "ratio": round(ratio, 2),
+                "at_best": round(at_best, 2),
                 "fused": fused,
             }
             medians = {way: round(summary(measured)["median"]) for way, measured in rates.items()}
             print(
-                f"{model_type} ({'fused' if fused else 'modules'}), {job}, batch {batch}: × {ratio:.2f} "
+                f"{model_type} ({'fused' if fused else 'modules'}), {job}, batch {batch}: × {ratio:.2f}, at best × {at_best:.2f} "
                 f"({medians['local_engine']} against {medians['generate']} tokens per CPU-second)"
             )
             ways.close()

@@ -78,7 +78,7 @@ def test_ppo_has_the_golden_value_under_each(use, golden):
     batch = worked_batch()
     rows = rows_of(batch, built("loss", "ppo_clip", clip_low=0.2, clip_high=0.28))
     ops = ops_of(batch)
-    assert ops.share(rows, aggregation(use)(ops)).item() == pytest.approx(golden, abs=5e-7)
+    assert ops.share(rows, aggregation(use)(ops)).item() == pytest.approx(golden, abs=6e-7)
 
 
 def test_terms_add_up_to_the_golden_value_with_a_kl_term():
@@ -87,7 +87,7 @@ def test_terms_add_up_to_the_golden_value_with_a_kl_term():
     rows = rows_of(batch, built("loss", "ppo_clip", clip_low=0.2, clip_high=0.28))
     divergence = built("kl", "k3")(packed(NEW), packed(REFERENCE))
     ops = ops_of(batch)
-    assert ops.share(rows + 0.1 * divergence, aggregation("sequence_mean")(ops)).item() == pytest.approx(-0.169294, abs=5e-7)
+    assert ops.share(rows + 0.1 * divergence, aggregation("sequence_mean")(ops)).item() == pytest.approx(-0.169294, abs=6e-7)
 
 
 # ---- the formulas, by loops ------------------------------------------------------------------------------------------
@@ -116,16 +116,16 @@ def by_hand(use, batch, x):
     }[use]()
 
 
-@pytest.mark.parametrize("use", NAMES)
 @given(batches, st.integers(0, 2**32 - 1))
-def test_ragged_batches(use, batch, seed):
+def test_ragged_batches(batch, seed):
     """With branches, injected tokens and samples that train nothing; rows outside the mask hold NaN."""
     x = np.random.default_rng(seed).normal(size=batch.n_rows)
     ops = ops_of(batch)
-    weights = aggregation(use)(ops)
     rows = torch.from_numpy(np.where(batch.array("loss_mask"), x, np.nan))
-    assert weights.dtype == torch.float64 and weights.shape == (batch.n_rows,) and weights.isfinite().all()
-    assert ops.share(rows, weights).item() == pytest.approx(by_hand(use, batch, x), rel=1e-12, abs=1e-12)
+    for use in NAMES:
+        weights = aggregation(use)(ops)
+        assert weights.dtype == torch.float64 and weights.shape == (batch.n_rows,) and weights.isfinite().all(), use
+        assert ops.share(rows, weights).item() == pytest.approx(by_hand(use, batch, x), rel=1e-12, abs=1e-12), use
 
 
 @pytest.mark.parametrize("use", NAMES)
@@ -157,14 +157,14 @@ def test_a_trajectory_weighs_once_however_many_samples_it_has():
     assert totals["sequence_mean"] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
 
 
-@pytest.mark.parametrize("use", NAMES)
 @given(batches)
-def test_weights_are_the_step_s_in_every_part_of_it(use, batch):
-    """A micro-batch has the same weights as the whole, row by row."""
-    whole = aggregation(use)(ops_of(batch))
-    for s in range(len(batch)):
-        part = aggregation(use)(ops_of(batch.select([s])))
-        assert torch.equal(part, whole[batch.cu_seqlens[s] : batch.cu_seqlens[s + 1]])
+def test_weights_are_the_step_s_in_every_part_of_it(batch):
+    """A micro-batch has the same weights as the whole, row by row, by every aggregation."""
+    ops, parts = ops_of(batch), [ops_of(batch.select([s])) for s in range(len(batch))]
+    for use in NAMES:
+        whole = aggregation(use)(ops)
+        for s, part in enumerate(parts):
+            assert torch.equal(aggregation(use)(part), whole[batch.cu_seqlens[s] : batch.cu_seqlens[s + 1]]), use
 
 
 @pytest.mark.parametrize("options", [{}, {"length": 0}, {"length": -3}])

@@ -189,7 +189,7 @@ def test_the_engine_serves_it_unmerged(made: dict[str, tuple[Path, Lora]], name:
     base, lora = made[name]
     engine = lora_engine(base, lora)
     assert engine.stats()["fused"] == (name not in ("moe", "biased", "gpt2"))
-    assert furthest(peft_model(base, lora.directory), ask(engine)) < 1e-5
+    assert furthest(peft_model(base, lora.directory), ask(engine)) < 3e-5
     trainer = lora_trainer(base, lora, lr=3e-2)
     before = weights(trainer)
     asyncio.run(trainer.step(ragged_batch()))
@@ -197,7 +197,7 @@ def test_the_engine_serves_it_unmerged(made: dict[str, tuple[Path, Lora]], name:
     held = dict(engine.named_weights())
     assert held.keys() == before.keys() and all(held[n].equal(t) and not t.equal(before[n]) for n, t in trainer.named_weights())
     answers = ask(engine)
-    assert furthest(trainer.model.hf, answers) < 1e-5 and furthest(peft_model(base, lora.directory), answers) > 0.02
+    assert furthest(trainer.model.hf, answers) < 3e-5 and furthest(peft_model(base, lora.directory), answers) > 0.02
     asyncio.run(engine.close())
     asyncio.run(trainer.close())
 
@@ -208,7 +208,7 @@ def test_in_bitwise_mode_a_row_has_the_same_bits_in_any_company(made: dict[str, 
     engine = lora_engine(base, lora, bitwise=True)
     many, one = ask(engine), ask(engine, 1)
     np.testing.assert_array_equal(many[0][1].logprobs, one[0][1].logprobs)
-    assert furthest(peft_model(base, lora.directory), many) < 1e-5
+    assert furthest(peft_model(base, lora.directory), many) < 3e-5
     asyncio.run(engine.close())
 
 

@@ -70,18 +70,18 @@ WEIGHTS = {  # of a row, by the definition of each aggregation
     ],
 )
 def test_golden_values(use, options, weights, golden):
-    assert evaluate(built("loss", use, **options), worked_case(), packed(WEIGHTS[weights])).value == pytest.approx(golden, abs=5e-7)
+    assert evaluate(built("loss", use, **options), worked_case(), packed(WEIGHTS[weights])).value == pytest.approx(golden, abs=6e-7)
 
 
 def test_golden_sum_of_a_policy_gradient_and_a_divergence():
     weights = packed(WEIGHTS["seq-mean-token-mean"])
     parts = [evaluate(built("loss", use, **options), worked_case(), weights).value for use, options in (("ppo_clip", CLIP), ("kl", {}))]
-    assert parts[0] + 0.1 * parts[1] == pytest.approx(-0.169294, abs=5e-7)
+    assert parts[0] + 0.1 * parts[1] == pytest.approx(-0.169294, abs=6e-7)
 
 
 @pytest.mark.parametrize(("name", "golden"), [("token_mean", -0.296841), ("sequence_mean", -0.186544)])
 def test_the_aggregations_of_a_recipe_give_the_golden_values_too(name, golden):
-    assert evaluate(built("loss", "ppo_clip", **CLIP), worked_case(), name).value == pytest.approx(golden, abs=5e-7)
+    assert evaluate(built("loss", "ppo_clip", **CLIP), worked_case(), name).value == pytest.approx(golden, abs=6e-7)
 
 
 # ---- each formula, as a loop over the trained rows of one sequence -------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.forked import run_forked
+from fixtures.ranks import run_ranks
 from fixtures.training import COMMON, MODELS, VOCAB, ragged_batch, write_model
 
 from miles_core.batch import Batch
@@ -166,20 +166,20 @@ def on_ranks(rank: int, size: int, path: str, sizes: dict[str, int], recompute: 
 def test_equal_to_transformers(models: dict[str, Path], references: dict[str, dict[str, Any]], name: str, layout: str):
     """Every row of every rank, every gradient, and the weights after a round trip."""
     sizes = MOE_LAYOUTS[layout]
-    ranks = run_forked(on_ranks, sizes.world_size, str(models[name]), asdict(sizes))
+    ranks = run_ranks(on_ranks, sizes.world_size, str(models[name]), asdict(sizes))
     check(ranks, references[name], models[name])
 
 
 def test_recompute_changes_nothing(models: dict[str, Path], references: dict[str, dict[str, Any]]):
     sizes = Layout(expert=2, tensor=2)
-    ranks = run_forked(on_ranks, 2, str(models["moe"]), asdict(sizes), True)
+    ranks = run_ranks(on_ranks, 2, str(models["moe"]), asdict(sizes), True)
     check(ranks, references["moe"], models["moe"])
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, pipeline=2)])
 def test_bfloat16_is_near(models: dict[str, Path], references: dict[str, dict[str, Any]], layout: Layout):
     """Within a few of bfloat16's roundings (2⁻⁹) of numbers up to 7, and gradients, added up in float32, within some percent."""
-    ranks = run_forked(on_ranks, layout.world_size, str(models["dense"]), asdict(layout), False, "bfloat16")
+    ranks = run_ranks(on_ranks, layout.world_size, str(models["dense"]), asdict(layout), False, "bfloat16")
     expected = references["dense"]
     for index, values in ranks[-1]["results"]:
         assert values["logprobs"].dtype == np.float32
@@ -273,7 +273,7 @@ def lone_token(rank: int, size: int, path: str) -> tuple[int, list[float], bool]
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_a_rank_without_rows(models: dict[str, Path], name: str):
-    ranks = run_forked(lone_token, 2, str(models[name]))
+    ranks = run_ranks(lone_token, 2, str(models[name]))
     assert sorted(n for n, _, _ in ranks) == [0, 1]
     assert all(logprobs == [0.0] * n and finite for n, logprobs, finite in ranks)
 
@@ -308,7 +308,7 @@ def test_buckets_of_a_sharded_bfloat16_checkpoint(tmp_path: Path, sizes: Layout,
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert len(files) > 1
     on_disk = {n: w.view(torch.int16).numpy() for file in files for n, w in load_file(file).items()}
-    ranks = run_forked(in_and_out, sizes.world_size, str(tmp_path / "model"), asdict(sizes), max_bytes)
+    ranks = run_ranks(in_and_out, sizes.world_size, str(tmp_path / "model"), asdict(sizes), max_bytes)
     names, nbytes, sent = ranks[0]
     assert sent.keys() == on_disk.keys()
     assert all((sent[n] == on_disk[n]).all() for n in on_disk)
@@ -387,4 +387,4 @@ def spoil(path: Path, how: str) -> None:
 def test_bad_checkpoints(tmp_path: Path, how: str, words: str):
     path = write_model(tmp_path, **CONFIGS["tied"])
     spoil(path, how)
-    assert re.search(words, run_forked(load_one, 1, str(path))[0])
+    assert re.search(words, run_ranks(load_one, 1, str(path))[0])

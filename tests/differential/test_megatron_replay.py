@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.forked import run_forked
+from fixtures.ranks import run_ranks
 from fixtures.trainers import forced_routing, routed_batch
 from fixtures.training import MODELS, write_model
 
@@ -228,7 +228,7 @@ def runs(path: Path) -> dict[str, list[dict[str, Any]]]:
 
     class Runs(dict[str, list[dict[str, Any]]]):
         def __missing__(self, name: str) -> list[dict[str, Any]]:
-            self[name] = run_forked(on_ranks, LAYOUTS[name].world_size, str(path), asdict(LAYOUTS[name]))
+            self[name] = run_ranks(on_ranks, LAYOUTS[name].world_size, str(path), asdict(LAYOUTS[name]))
             return self[name]
 
     return Runs()
@@ -306,7 +306,7 @@ def faults(rank: int, size: int, path: str) -> dict[str, str]:
 
 
 def test_routing_that_is_not_consumed_is_an_error(path: Path):
-    told = run_forked(faults, 1, str(path))[0]
+    told = run_ranks(faults, 1, str(path))[0]
     assert told["unhooked"].startswith("RunError: the router of MoE layer 0 chose 0 times in one forward pass")
     assert told["other_rows"].startswith("RunError: the router of MoE layer 0 makes choices of shape")
     assert told["not_all_recomputed"].startswith("RunError: a router was computed again for 1 of 2 micro-batches")

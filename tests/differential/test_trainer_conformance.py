@@ -20,15 +20,19 @@ from fixtures.training import MODELS, ragged_batch, weights, write_model
 from miles_core.batch import Batch
 from miles_core.errors import DataError, RunError, StepRefused
 
+RANKS = [name for name in TRAINERS if name.endswith("2")]
+"""Those over two ranks. The first test below runs with every one of them and the others where marked; elsewhere the fast suite has what
+covers the code that differs, and the rest is slow, as tests/unit/train shows much the same: a step beside the torch trainer, refusals
+and resumed runs at every layout."""
+
 
 def cases(*fast: str) -> list[Any]:
-    """Every trainer with every model. Torch over ranks is slow but with the ``fast`` ones: tests/unit/train/test_torch_ranks.py shows the
-    rest of it beside one process."""
-    return [pytest.param(t, m, id=f"{t}-{m}", marks=marks(t, m in fast)) for m in ("dense", "moe") for t in TRAINERS if fits(t, m)]
+    """Every trainer with every model; those over ranks are slow but for ``fast`` ones, named ``trainer-model``."""
+    return [pytest.param(t, m, id=f"{t}-{m}", marks=marks(t, f"{t}-{m}" in fast)) for m in ("dense", "moe") for t in TRAINERS if fits(t, m)]
 
 
 def marks(trainer: str, fast: bool = False) -> Any:
-    return pytest.mark.slow if trainer == "torch-ranks2" and not fast else ()
+    return pytest.mark.slow if trainer in RANKS and not fast else ()
 
 
 SGD: dict[str, Any] = {"lr": 1e9, "eps": 1e7, "max_grad_norm": float("inf")}
@@ -60,7 +64,7 @@ def batch_of(model: str, *, replay: bool, steps: int = 1) -> Batch:
     return routed_batch(**MOE, steps=steps) if replay else ragged_batch(steps=steps)
 
 
-@pytest.mark.parametrize("trainer, model", cases("dense", "moe"))
+@pytest.mark.parametrize("trainer, model", cases(*(f"{t}-{m}" for t in RANKS for m in ("dense", "moe"))))
 async def test_log_probabilities_gradients_and_one_step(models: dict[str, Path], make: Any, trainer: str, model: str):
     """With the recorded experts replayed where there are any: strict, and with the router's own on the other rows."""
     replay = model == "moe"
@@ -84,7 +88,7 @@ async def test_log_probabilities_gradients_and_one_step(models: dict[str, Path],
         assert float((after[name] - (before[name] - RATE * gradient)).norm()) <= 1e-5 * float((RATE * gradient).norm())
 
 
-@pytest.mark.parametrize("trainer, model", cases())
+@pytest.mark.parametrize("trainer, model", cases("megatron-pp2-moe", "megatron-tp2-ep2-moe", "megatron-cp2-ep2-moe"))
 async def test_three_steps_of_adamw(models: dict[str, Path], make: Any, trainer: str, model: str):
     import torch
 
@@ -105,7 +109,7 @@ async def test_three_steps_of_adamw(models: dict[str, Path], make: Any, trainer:
         assert norm > 0.5  # clipping took part
 
 
-@pytest.mark.parametrize("trainer, model", cases("moe"))
+@pytest.mark.parametrize("trainer, model", cases("megatron-tp2-dense", "megatron-pp2-dense", *(f"{t}-moe" for t in RANKS)))
 async def test_weights_come_out_as_they_went_in(models: dict[str, Path], make: Any, tmp_path: Path, trainer: str, model: str):
     """Hugging Face → trainer → Hugging Face, to the bit: as named tensors and as a directory, which transformers reads whole."""
     from safetensors.torch import load_file
@@ -124,7 +128,7 @@ async def test_weights_come_out_as_they_went_in(models: dict[str, Path], make: A
     assert (tmp_path / "export" / "tokenizer.json").read_bytes() == (models[model] / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("trainer, model", cases("dense"))
+@pytest.mark.parametrize("trainer, model", cases("torch-ranks2-dense", "megatron-cp2-ep2-moe"))
 async def test_resume_is_exact(make: Any, tmp_path: Path, trainer: str, model: str):
     replay = model == "moe"
     ours = await make(trainer, model, lr=1e-2, warmup_steps=2)
@@ -158,7 +162,9 @@ async def test_a_step_that_is_not_finite_is_refused_everywhere(make: Any, traine
     await ours.step(batch)  # it goes on
 
 
-REPLAYING = [pytest.param(t, marks=marks(t)) for t in TRAINERS if t not in ("torch-packed", "megatron")]
+CUT_UP = ("megatron-pp2", "megatron-tp2-ep2", "megatron-cp2-ep2")
+"""Layers, rows and experts of a routing column shared out."""
+REPLAYING = [pytest.param(t, marks=marks(t, t in CUT_UP)) for t in TRAINERS if t not in ("torch-packed", "megatron")]
 
 
 @pytest.mark.parametrize("trainer", REPLAYING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -35,6 +36,23 @@ def test_check_for_machines_gives_the_resolved_tree(miles):
     assert said.code == 0 and tree["seed"] == 3
     assert tree["stages"]["rl"]["models"]["policy"]["losses"]["ppo"]["clip_high"] == 0.28  # the quick start's
     assert tree["stages"]["rl"]["models"]["policy"]["losses"]["ppo"]["clip_low"] == 0.2  # a default
+
+
+def test_the_plan_says_whose_weights_a_stage_goes_on_with(miles):
+    sft, rl = miles("check", "mini.yaml").out.split("rl: ")
+    assert "from a new qwen3" in sft and "from the weights of stage sft" in rl
+
+
+def test_what_is_no_terminal_gets_whole_lines(miles, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert len(miles("run", "quikstart").err.splitlines()) == 1
+    assert len(miles("plugins", "tracker").out.splitlines()) == 2 + len(json.loads(miles("plugins", "tracker", "--json").out)["tracker"])
+
+
+def test_version_and_help(miles):
+    assert miles("--version").out == f"miles {version('miles-core')}\n"
+    said = miles()
+    assert "quickstart" not in said.out and "resume" in said.out and said.err == ""
 
 
 def test_check_load_builds_every_part(miles):

@@ -114,11 +114,11 @@ def test_a_cluster_in_this_process(tmp_path, beside):
 
     async def play():
         cluster = ThisProcess()
-        ranks = await cluster.start(f"{__name__}:Adder", 1, [(5,)], name="adder", log_dir=tmp_path, seconds=5)
-        assert await ranks.call("add", [(2,)], seconds=5, what="a sum") == [(1, 7)]
-        assert list(ranks.stream("count", [(3,)], seconds=5, what="numbers")) == [0, 1, 2]
+        ranks = await cluster.start(f"{__name__}:Adder", 1, [(5,)], name="adder", log_dir=tmp_path, seconds=100)
+        assert await ranks.call("add", [(2,)], seconds=100, what="a sum") == [(1, 7)]
+        assert list(ranks.stream("count", [(3,)], seconds=100, what="numbers")) == [0, 1, 2]
         with pytest.raises(ValueError, match="adder wants 2 ranks; this process is one"):
-            await cluster.start(f"{__name__}:Adder", 2, [(5,), (5,)], name="adder", log_dir=tmp_path, seconds=5)
+            await cluster.start(f"{__name__}:Adder", 2, [(5,), (5,)], name="adder", log_dir=tmp_path, seconds=100)
         await ranks.close()
 
     asyncio.run(play())

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.forked import run_forked
 from fixtures.losses import built, config, pack
+from fixtures.ranks import run_ranks
 from fixtures.training import MODELS, gradient, norms_in_full_precision, ragged_sample, write_model, write_scalar_model
 
 from miles_core.batch import Batch
@@ -115,7 +115,7 @@ def on_a_rank(rank: int, size: int, paths: dict[str, Path]) -> dict[tuple[str, s
 @pytest.fixture(scope="module")
 def over_ranks(models: dict[str, Path]) -> dict[tuple[str, str, bool], Any]:
     """``on_a_rank``, of which all ranks know the whole."""
-    return run_forked(on_a_rank, 3, models)[0]
+    return run_ranks(on_a_rank, 3, models)[0]
 
 
 @pytest.mark.parametrize("aggregation", of_ours("aggregation"))

@@ -49,6 +49,18 @@ class Failures:
                 raise (StepRefused if place == "refuse" else RunError)(f"{place} failed")
 
 
+class Stop:
+    """Asks a loop to stop when any place is passed for the n-th time."""
+
+    def __init__(self, nth):
+        self.left = nth
+
+    def pass_by(self, place):
+        self.left -= 1
+        if self.left == 0:
+            self.loop.request_stop()
+
+
 class Diary:
     """A trainer, an engine, a transport and an evaluator in one: weights are the ids of the groups they were trained on."""
 
@@ -113,7 +125,7 @@ def life(directory, failures, *, seed=0, max_staleness=0, policies=("policy",), 
     rng = random.Random(seed)
     models = dict.fromkeys(policies, POLICY)
     given = {"steps": STEPS, "groups": GROUPS, "models": models, "data": HERE + "rows", "rollout": HERE + "play"}
-    stage = StageConfig.model_validate(given | {"every": {"checkpoint": 2, "evaluate": 2, "trajectories": 0}, "deadlines": {"rollout": 10}})
+    stage = StageConfig.model_validate(given | {"every": {"checkpoint": 2, "evaluate": 2, "trajectories": 0}, "deadlines": {"rollout": 99}})
     run_dir = RunDir(directory)
     run_dir.checkpoints.mkdir(exist_ok=True, parents=True)
     diaries = {p: Diary(failures, rng) for p in policies}
@@ -197,8 +209,8 @@ async def test_whatever_fails_every_group_is_trained_once(tmp_path, place, max_s
 async def test_stopped_again_and_again_every_group_is_trained_once(tmp_path, seed, max_staleness):
     rng, lives = random.Random(seed), 0
     while True:
-        loop = await go_on(life(tmp_path, Failures(), seed=rng.random(), max_staleness=max_staleness))
-        asyncio.get_running_loop().call_later(rng.random() * 0.01, loop.request_stop)
+        stop = Stop(rng.randrange(1, 60))
+        stop.loop = loop = await go_on(life(tmp_path, stop, seed=rng.random(), max_staleness=max_staleness))
         await loop.run()
         lives += 1
         if loop.step == STEPS:

@@ -7,6 +7,7 @@ from fixtures.gsm8k import CONTEXT
 from pydantic import ValidationError
 
 from miles_agents.calculator import WORDS
+from miles_core.errors import DataError
 from miles_core.plugins import config_class
 from miles_core.protocols import Prompt
 from miles_core.sample import Status
@@ -38,6 +39,12 @@ async def test_a_trajectory_with_two_calls(tokenizer, environment, play, trained
     )
     assert trained(tokenizer, sample) == list(BY_TWO_CALLS)
     assert sample.rewards == {"environment": 1.0} and sample.status == Status.COMPLETED and sample.label == 93
+
+
+@pytest.mark.parametrize("label", [None, "many"])
+async def test_a_prompt_without_an_answer_says_which_key_names_it(environment, label) -> None:
+    with pytest.raises(DataError, match=r"prompt rows\.jsonl:4: its label is .*label_field"):
+        await environment().reset(Prompt("rows.jsonl:4", "1 + 1 ?", label=label))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def megatron(**options):
 
 
 THIRDS = {"models.policy.trainer": megatron(parallel={"tensor": 3})}
-UNEVEN = "3 tensor-parallel ranks cannot share 4 attention heads evenly; choose a tensor-parallel size that divides 4"
+UNEVEN = "3 tensor-parallel ranks cannot share 4 attention heads evenly; choose a number of tensor-parallel ranks that divides 4"
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     **COMMON,

@@ -149,6 +149,7 @@ def test_a_wrong_key_or_value_names_its_line_and_what_to_do(recipe, line, expect
         ("model.trainer.betas=[0.9]", ["trainer.betas"]),
         ("rollout.group_sise=3", ["'rollout.group_sise'", "Did you mean 'group_size'?"]),
         ("groups=null", ["override groups=null", "groups", "found None"]),
+        ("evaluators=null", ["evaluators: {NAME: null}"]),
         ("model.role=plicy", ["models.policy.role", "'plicy'"]),
         ("modle.path=x", ["'modle'", "Did you mean 'models'?"]),
     ],

@@ -299,6 +299,22 @@ def test_a_prompt_is_no_markup_and_a_line_stays_a_line(run):
     assert "[bold][/x] long" in said[1] and "[/b][/b]" in said[3]
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 200])
+def test_a_list_fits_its_terminal_and_keeps_the_addresses(run, width):
+    """Whole columns are left out, the less needed first; an address that is cut could not be asked for."""
+    rewards = {"environment": 1.0, "frugal": -0.25}
+    samples = [replace(answer(sample_id(group="g" * 30), [5], [1], reward=0.75), prompt="a long question " * 3, rewards=rewards)]
+    write(run, "eval-rl.held_out-000170", samples)
+    facts = trajectory_files(run)[0].facts()
+    for table in (listing(facts, width), group_listing(grouped(facts), width)):
+        console = Console(width=width, file=StringIO())
+        console.print(table)
+        head, line = console.file.getvalue().splitlines()
+        assert "rl.held_out@170:0" in line and "prompt" in head and "reward" in head and "0.75" in line
+        assert head.split() == [c.header for c in table.columns]  # none is cut off at the right
+    assert ("version" in [c.header for c in listing(facts, width).columns]) == (width >= 100)
+
+
 def test_nothing_of_a_model_can_command_a_terminal():
     hostile = "\x1b[2J\x1b]0;owned\x07 a\u202eb\u200b\x9b1m\n"
     shown = visible(hostile)

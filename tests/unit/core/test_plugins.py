@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_an_entry_point_is_found_with_its_origin(install: Install) -> None:
     assert "acme_rewards" not in sys.modules, "finding imports nothing"
     assert build("reward", "brevity", limit=3)([0] * 3) == 1.0
     assert build("reward", "brevity", limit=2, strict=True)([0] * 3) == 0.0
+
+
+def test_what_is_installed_later_is_found_and_what_is_removed_is_not(install: Install, tmp_path: Path) -> None:
+    install(BREVITY, reward="brevity = acme_rewards:brevity")
+    assert "brevity" in find_all("reward")
+    info = tmp_path / "acme-rewards" / "acme_rewards-1.2.3.dist-info"
+    info.rename(tmp_path / "elsewhere")
+    os.utime(tmp_path / "acme-rewards", ns=(0, 0))  # a file system's clock may tick slower than this test
+    assert "brevity" not in find_all("reward")
+    (tmp_path / "elsewhere").rename(info)
+    assert "brevity" in find_all("reward")
 
 
 def test_a_decorated_function_is_found() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import selectors
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -127,8 +129,7 @@ def children() -> set[int]:
     """Processes below this one, grandchildren too."""
     found, new = set(), {os.getpid()}
     while new:
-        listed = [Path(f"/proc/{pid}/task/{task}/children") for pid in new for task in _tasks(pid)]
-        new = {int(p) for f in listed if f.exists() for p in f.read_text().split()} - found
+        new = {int(p) for pid in new for task in _tasks(pid) for p in read(f"/proc/{pid}/task/{task}/children").split()} - found
         found |= new
     return found
 
@@ -136,16 +137,22 @@ def children() -> set[int]:
 def _tasks(pid: int) -> list[str]:
     try:
         return os.listdir(f"/proc/{pid}/task")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def read(file: str) -> str:
+    """Nothing of a process that is gone, or goes while this is read."""
+    try:
+        return Path(file).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:
     """Whether it runs; zombies do not."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
+    status = read(f"/proc/{pid}/status")
+    return status != "" and "State:\tZ" not in status
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -261,8 +268,8 @@ async def test_a_rank_that_died_between_calls_is_noticed(start: Start):
 async def test_silence_shows_where_the_rank_hangs(start: Start):
     ranks = await start(2)
     pids = [a[4] for a in await call(ranks, "whoami", "")]
-    with pytest.raises(RunError, match=r"(?s)waited 1 s for an answer: rank 1 of 2 of model did not answer hangs.*only asleep.* in hangs"):
-        await call(ranks, "hangs", 1, seconds=1)
+    with pytest.raises(RunError, match=r"(?s)waited 2 s for an answer: rank 1 of 2 of model did not answer hangs.*only asleep.* in hangs"):
+        await call(ranks, "hangs", 1, seconds=2)  # in which rank 0 has to answer
     assert not any(alive(p) for p in pids)
 
 
@@ -376,6 +383,43 @@ async def test_who_asks_while_silent_ranks_are_ended_is_told_so(start: Start):
         await call(ranks, "whoami", "", seconds=0.2)
     with pytest.raises(RanksLost, match=r"did not answer hangs\. Its log"):
         await silent
+
+
+async def test_ranks_that_end_just_when_somebody_turns_to_them(start: Start, monkeypatch: pytest.MonkeyPatch):
+    """Their connections stay what they are until the call that uses them is done."""
+    ranks = await start(1)
+    register = selectors.DefaultSelector.register
+
+    def ends_first(selector: Any, connection: Any, *how: Any) -> Any:
+        if connection in ranks.connections and ranks.ended is None:
+            ending = threading.Thread(target=ranks.end, args=("somebody was quicker",))
+            ending.start()
+            ending.join()
+        return register(selector, connection, *how)
+
+    monkeypatch.setattr(selectors.DefaultSelector, "register", ends_first)
+    with pytest.raises(RanksLost, match=r"waited for an answer \(hangs\) when its ranks were ended\. somebody was quicker"):
+        await call(ranks, "hangs", 0)
+    assert [c.fileno() for c in ranks.connections] == [-1]
+
+
+async def test_closing_while_a_start_has_no_process_yet(start: Start, cluster: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before, arrived, closed, mkdir = children(), threading.Event(), threading.Event(), Path.mkdir
+
+    def waits(directory: Path, *how: Any, **options: Any) -> None:
+        if directory == tmp_path / "logs":
+            arrived.set()
+            closed.wait(60)
+        mkdir(directory, *how, **options)
+
+    monkeypatch.setattr(Path, "mkdir", waits)
+    starting = asyncio.create_task(start(1))
+    await asyncio.to_thread(arrived.wait, 60)
+    await cluster.close()
+    closed.set()
+    with pytest.raises(RanksLost, match="model cannot be started: the ranks of model were closed"):
+        await starting
+    assert children() <= before
 
 
 BLOCKED = """

@@ -46,7 +46,7 @@ def producer(rollout, *, groups=2, steps=1, max_staleness=0, shuffle=False, **op
     return Producer(buffer, Cursor(Prompts(), 0, shuffle), rollout, players, **(defaults | options))
 
 
-async def take(made, seconds=5):
+async def take(made, seconds=60):
     async with made:
         return await made.buffer.take(seconds)
 
@@ -80,7 +80,7 @@ async def test_as_many_run_at_once_as_admission_allows_and_no_more():
         if running == 6:
             full.set()
         version = made.buffer.counts.version
-        await asyncio.wait_for(full.wait(), 5)
+        await asyncio.wait_for(full.wait(), 60)
         await asyncio.sleep(0.001)
         running -= 1
         return members(prompt, context, version=version)
@@ -88,7 +88,7 @@ async def test_as_many_run_at_once_as_admission_allows_and_no_more():
     made = producer(slow, groups=3, steps=5, max_staleness=1)
     async with made:
         for _ in range(5):
-            await made.buffer.take(5)
+            await made.buffer.take(60)
             await made.buffer.published()
     assert max(most) == 6 and made.buffer.counts.started == made.position == 15
 
@@ -253,9 +253,12 @@ async def test_a_filter_that_answers_yes_or_no_is_told_what_to_answer(verdict):
 
 
 async def test_leaving_cancels_everything_and_remembers_the_positions():
-    gave_up = []
+    started, gave_up, all_started = [], [], asyncio.Event()
 
     async def hangs(prompt, context):
+        started.append(prompt.id)
+        if len(started) == 3:
+            all_started.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -263,7 +266,7 @@ async def test_leaving_cancels_everything_and_remembers_the_positions():
 
     made = producer(hangs, groups=3, reissue=[7])
     async with made:
-        await asyncio.sleep(0.005)
+        await asyncio.wait_for(all_started.wait(), 60)
         assert made.in_flight() == [0, 1, 7]
     assert made.in_flight() == [0, 1, 7]  # the cut at the end of a run is taken after it was left
     assert sorted(gave_up) == ["0", "1", "7"]
@@ -317,7 +320,7 @@ async def test_every_position_is_ready_dropped_taken_or_in_flight_at_any_moment(
     watching = asyncio.ensure_future(watch())
     async with made:
         for _ in range(rng.randrange(1, 8)):
-            taken |= {g.position for g in await made.buffer.take(5)}
+            taken |= {g.position for g in await made.buffer.take(60)}
             await made.buffer.published()
         if watching.done():
             watching.result()

@@ -175,12 +175,12 @@ async def test_silence_ends_at_the_deadline_of_a_request(service):
     def answer(request):
         asked.append(request)
         if len(asked) == 1:
-            release.wait(30)
+            release.wait(100)
         return 0.5
 
     service.answer = answer
-    assert await scored(service, responded("x"), attempts=2, timeout_s=0.3) == [0.5]
-    asked.clear()
+    assert await scored(service, responded("x"), attempts=20, timeout_s=0.3) == [0.5]  # the second, or a later one on a busy machine
+    service.answer = lambda request: release.wait(100)
     with pytest.raises(InfrastructureFailure, match=r"last: no answer within 0\.3 s\. Look at the service; raise timeout_s if it is slow"):
         await scored(service, responded("x"), attempts=1, timeout_s=0.3)
     release.set()
@@ -278,12 +278,12 @@ async def test_who_waits_for_a_turn_at_a_service_that_hangs_fails_with_it(servic
     release = threading.Event()
     service.asked.clear()
     service.answer = lambda asked: release.wait(30) and 0.5
-    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=0.3))
+    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=1.0))
     groups = [scoring.score_group([responded("x", trajectory=i)]) for i in range(6)]
     failures = await asyncio.gather(*groups, return_exceptions=True)
     assert all(isinstance(failure, InfrastructureFailure) for failure in failures), failures
     assert len(service.asked) == 2
-    assert sum("hangs: nobody got an answer in 1 attempts of 0.3 s while" in str(failure) for failure in failures) == 4
+    assert sum("hangs: nobody got an answer in 1 attempts of 1 s while" in str(failure) for failure in failures) == 4
     release.set()
     again = responded("x")
     await scoring.score_group([again])
@@ -299,7 +299,7 @@ async def test_one_request_that_hangs_is_no_service_that_hangs(service):
         if number == 0:
             release.wait(30)
         elif number == 1:
-            release.wait(0.5)
+            release.wait(1.0)
         elif number == 2:
             third.wait(30)
         else:
@@ -307,7 +307,7 @@ async def test_one_request_that_hangs_is_no_service_that_hangs(service):
         return 1.0
 
     service.answer = answer
-    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=1.0))
+    scoring = scorer(svc=config("http", url=service.url, concurrency=2, attempts=1, timeout_s=2.0))
     samples = [responded("x", trajectory=i) for i in range(4)]
     await asyncio.gather(*(scoring.score_group([sample]) for sample in samples), return_exceptions=True)
     release.set()

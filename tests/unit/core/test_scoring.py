@@ -24,7 +24,7 @@ from miles_core.rollout_metrics import rollout_metrics
 from miles_core.scoring import Scorer
 
 
-def reward(function, *, unit="sample", weight=1.0, timeout_s=5.0):
+def reward(function, *, unit="sample", weight=1.0, timeout_s=100.0):
     """A recipe's reward that is this function."""
 
     class Config(RewardConfig):
@@ -310,7 +310,7 @@ async def main():
         print(error)
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "reward 'stuck' of sample p/g/t0.b0@0 waited 0.1 s" in done.stdout
 
@@ -333,10 +333,10 @@ async def test_plain_functions_run_in_so_many_threads_and_no_more(monkeypatch):
         nonlocal now, most
         with lock:
             now, most = now + 1, max(most, now + 1)
-        gate.wait(10)  # opens when three are here
+        gate.wait(100)  # opens when three are here
         with lock:
             now -= 1
-        gate.wait(10)
+        gate.wait(100)
         return 1.0
 
     await scorer(a=reward(mine), b=reward(lambda g: [mine(g[0])] * 11, unit="group")).score_group(group(*[1] * 11))
@@ -356,7 +356,7 @@ async def test_a_deadline_begins_with_its_own_call(monkeypatch):
     def mine(sample):
         now[0] += 4.0
         if now[0] > 4:  # 8 s have passed since all of them began to wait
-            looked_at.wait(10)
+            looked_at.wait(100)
         return 1.0
 
     monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=monotonic))

@@ -6,7 +6,6 @@ import asyncio
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -73,11 +72,12 @@ async def test_what_does_not_want_to_be_cancelled_is_left_behind(monkeypatch):
             except asyncio.CancelledError:
                 continue
 
-    began = time.monotonic()
+    left_behind = asyncio.ensure_future(stubborn())
     with pytest.raises(RunError, match="waited"):
-        await deadline(stubborn(), 0.02, "I", "it")
-    assert time.monotonic() - began < 1
+        await deadline(left_behind, 0.02, "I", "it")
+    assert not left_behind.done()
     release.set()
+    await left_behind
 
 
 # ---- gather --------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ async def test_cancelling_a_gather_cancels_all_of_it():
 async def test_a_function_runs_beside_the_event_loop():
     there = threading.Event()
     asyncio.get_running_loop().call_later(0.001, there.set)  # only an event loop that is free can set it
-    assert await in_daemon_thread(there.wait, 5) is True
+    assert await in_daemon_thread(there.wait, 60) is True
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ async def test_what_it_raises_comes_back(error, expected):
         raise error("mine")
 
     with pytest.raises(expected, match="mine"):
-        await asyncio.wait_for(in_daemon_thread(raises), 5)
+        await asyncio.wait_for(in_daemon_thread(raises), 60)
 
 
 async def test_an_answer_that_nobody_waits_for_any_more_is_dropped():
@@ -149,6 +149,6 @@ async def main():
         print(error)
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "the reward waited 0.05 s for its function.\n"

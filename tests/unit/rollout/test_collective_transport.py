@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -45,6 +46,27 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("miles_rollout.sglang.updates.buckets", lambda weights, _: buckets(weights, 1 << 14))
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
+    """Numbers of the servers that are given half a second only to meet or to take weights. All others have as long as they need."""
+    servers: dict[str, set[int]] = {JOIN: set(), UPDATE: set()}
+
+    class Hasty(Group):
+        def _hurry(self, path: str) -> None:
+            self._seconds = 0.5 if int(self._client.name.split()[2]) in servers[path] else 60
+
+        async def join(self) -> None:
+            self._hurry(JOIN)
+            await super().join()
+
+        async def send(self, bucket: Bucket) -> None:
+            self._hurry(UPDATE)
+            await super().send(bucket)
+
+    monkeypatch.setattr("miles_rollout.sglang.servers.Group", Hasty)
+    return servers
+
+
 # ---- the engine -------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +93,7 @@ async def test_every_server_gets_the_weights_through_a_group_of_its_own(tiny: An
 
 async def test_a_refused_group_changes_nothing(tiny: Any):
     fakes = FakeServer(), FakeServer()
-    async with serving(tiny, *fakes, control_timeout_s=2) as engine:
+    async with serving(tiny, *fakes) as engine:
         fakes[1].overrides[JOIN] = 400, {"success": False, "message": "no gloo here"}
         with pytest.raises(RunError, match=rf"SGLang server 1 .*refuses {JOIN}.*: no gloo here"):
             await engine.broadcast_weights(weights_of(tiny).items(), 3)
@@ -81,14 +103,16 @@ async def test_a_refused_group_changes_nothing(tiny: Any):
         assert await versions(engine) == [4] * 4
 
 
-async def test_a_server_that_does_not_come_is_lost_and_named(tiny: Any):
+async def test_a_server_that_does_not_come_is_lost_and_named(tiny: Any, hasty: dict[str, set[int]]):
     fakes = FakeServer(), FakeServer()
-    async with serving(tiny, *fakes, control_timeout_s=0.5) as engine:
+    async with serving(tiny, *fakes) as engine:
         fakes[0].overrides[JOIN] = SILENCE
+        hasty[JOIN].add(0)
         await engine.broadcast_weights(weights_of(tiny).items(), 1)  # by the one that is left
         assert fakes[1].version == "1" and fakes[0].version == "0"
         await engine._servers[1].leave_group()
         fakes[1].overrides[JOIN] = SILENCE
+        hasty[JOIN].add(1)
         met = r"server {} .*did not meet the trainer at 127.0.0.1:\d+ .*it must run on this machine.* within 0.5 s"
         with pytest.raises(RunError, match=rf"no server is left of 2:\n- SGLang {met.format(0)}(.|\n)*{met.format(1)}"):
             await engine.broadcast_weights(weights_of(tiny).items(), 2)
@@ -155,16 +179,16 @@ async def test_a_server_that_dies_in_an_update_is_lost_and_the_others_go_on(tiny
             await engine.broadcast_weights(weights_of(tiny).items(), 4)
 
 
-async def test_silence_in_an_update_loses_the_server(tiny: Any):
+async def test_silence_in_an_update_loses_the_server(tiny: Any, hasty: dict[str, set[int]]):
     fakes = FakeServer(), FakeServer()
-    async with serving(tiny, *fakes, control_timeout_s=0.5) as engine:
+    async with serving(tiny, *fakes) as engine:
         fakes[0].overrides[UPDATE] = SILENCE
+        hasty[UPDATE].add(0)
         await engine.broadcast_weights(weights_of(tiny).items(), 3)
-        assert await versions(engine) == [3] * 4 and [len(fake.peers) for fake in fakes] == [
-            0,
-            1,
-        ]  # it was told that nothing comes any more
+        assert await versions(engine) == [3] * 4
+        assert [len(fake.peers) for fake in fakes] == [0, 1]  # it was told that nothing comes any more
         fakes[1].overrides[UPDATE] = SILENCE
+        hasty[UPDATE].add(1)
         with pytest.raises(RunError, match=r"no server is left of 2:\n- SGLang server 0 .*did not take 251904 bytes .* within 0.5 s"):
             await engine.broadcast_weights(weights_of(tiny).items(), 4)
 
@@ -193,11 +217,11 @@ BUCKET.add("w", torch.zeros(1 << 18))
 
 
 @contextlib.asynccontextmanager
-async def group(tiny: Any, fake: FakeServer, seconds: float) -> AsyncIterator[Group]:
+async def group(tiny: Any, fake: FakeServer) -> AsyncIterator[Group]:
     """Joined, with a fake that is silent when it is to take weights."""
     async with fake.running():
-        client = SglangClient("the server", fake.url, None, ModelShape.read(tiny.path), Deadlines(5, 5), lambda: "Its log.")
-        group = Group(client, 1, seconds)
+        client = SglangClient("the server", fake.url, None, ModelShape.read(tiny.path), Deadlines(60, 60), lambda: "Its log.")
+        group = Group(client, 1, 60)
         await group.join()
         fake.overrides[UPDATE] = SILENCE
         try:
@@ -208,7 +232,8 @@ async def group(tiny: Any, fake: FakeServer, seconds: float) -> AsyncIterator[Gr
 
 
 async def test_weights_that_nobody_takes(tiny: Any):
-    async with group(tiny, FakeServer(), 0.5) as sender:
+    async with group(tiny, FakeServer()) as sender:
+        sender._seconds = 0.5  # not to meet
         with pytest.raises(
             Silence, match=r"the server did not take 1048576 bytes of weights through its process group within 0.5 s\. Its log"
         ):
@@ -217,7 +242,7 @@ async def test_weights_that_nobody_takes(tiny: Any):
 
 async def test_a_connection_that_breaks_while_weights_are_sent(tiny: Any):
     fake = FakeServer()
-    async with group(tiny, fake, 30) as sender:
+    async with group(tiny, fake) as sender:
         sending = asyncio.create_task(sender.send(BUCKET))
         while UPDATE not in fake.paths():
             await asyncio.sleep(0.01)
@@ -231,11 +256,35 @@ async def test_a_connection_that_breaks_while_weights_are_sent(tiny: Any):
 
 async def test_a_connection_that_breaks_though_the_server_says_that_all_is_well(tiny: Any):
     fake = FakeServer()
-    async with group(tiny, fake, 30) as sender:
+    async with group(tiny, fake) as sender:
         fake.overrides[UPDATE] = {"success": True}
         fake.peers.clear()
         with pytest.raises(InfrastructureFailure, match=r"the server did not take 1048576 bytes .* the connection broke\. Its log"):
             await sender.send(BUCKET)
+
+
+async def test_leaving_ends_the_wait_for_ranks_that_nobody_sends(tiny: Any, monkeypatch: pytest.MonkeyPatch):
+    """Else a thread would sit in torch until the deadline, and abort the whole process if that ends meanwhile."""
+    fake, met = FakeServer(), threading.Event()
+    meet = Group._meet
+
+    def meets(group: Group, listener: Any) -> None:
+        try:
+            meet(group, listener)
+        finally:
+            met.set()
+
+    monkeypatch.setattr(Group, "_meet", meets)
+    async with fake.running():
+        client = SglangClient("the server", fake.url, None, ModelShape.read(tiny.path), Deadlines(60, 60), lambda: "Its log.")
+        fake.overrides[JOIN] = 400, {"success": False, "message": "no gloo here"}
+        group = Group(client, 1, 3600)
+        with pytest.raises(RunError, match="no gloo here"):
+            await group.join()
+        assert not met.is_set()
+        await group.leave(60)
+        assert await asyncio.to_thread(met.wait, 60)
+        await client.close()
 
 
 # ---- what is refused beforehand ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.engines import Brake
 
 from miles_core.errors import ConfigError, DataError, InfrastructureFailure, RunError
 from miles_core.protocols import GenerateRequest, Generation, SamplingParams
@@ -219,12 +220,13 @@ async def test_a_failing_step_reaches_every_caller_and_the_engine_goes_on(tiny: 
 async def test_a_cancelled_caller_frees_its_slot(tiny: Any):
     engine = tiny.engine(max_batch=1)
     await engine.update_weights(biased(engine), 0)
+    brake = Brake(engine, 3)
     long = asyncio.create_task(engine.generate(request("long", max_tokens=120, temperature=0)))  # always token 0: no end of text
-    while not engine.stats()["decode_steps"]:
-        await asyncio.sleep(0)
+    await brake.held()
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
+    brake.release()
     await asyncio.wait_for(engine.generate(request("other", max_tokens=2)), 20)
     await asyncio.wait_for(engine.generate(request("long", max_tokens=2)), 20)  # the same session may come again
     assert engine.stats()["decode_steps"] < 60  # of 120 that the cancelled call had asked for

@@ -23,6 +23,7 @@ from miles_core.errors import ConfigError, DataError, InfrastructureFailure, Run
 from miles_core.plugins import config_class
 from miles_core.protocols import GenerateRequest, SamplingParams
 from miles_rollout.local.weights import read_weights
+from miles_rollout.sglang.client import Deadlines
 from miles_rollout.sglang.payload import buckets
 
 # ---- the transports, between a trainer and engines of two tensors -------------------------------------------------------
@@ -465,11 +466,12 @@ async def test_a_fault_of_a_living_server_costs_the_request_alone(tiny: Any):
         assert len((await engine.generate(request())).tokens) == 4
 
 
-async def test_a_server_that_is_silent_in_a_generation_is_lost(tiny: Any):
+async def test_a_server_that_is_silent_in_a_generation_is_lost(tiny: Any, monkeypatch: pytest.MonkeyPatch):
     """Though it says that it is there: its scheduler hangs."""
     fakes = FakeServer(), FakeServer()
-    async with serving(tiny, *fakes, generate_timeout_s=0.5) as engine:
+    async with serving(tiny, *fakes) as engine:
         fakes[0].overrides["/generate"] = SILENCE
+        monkeypatch.setattr(engine._servers[0].client, "_deadlines", Deadlines(generate_s=0.5, control_s=60))  # the other has its time
         with pytest.raises(InfrastructureFailure, match=r"SGLang server 0 .* did not answer /generate within 0.5 s"):
             await engine.generate(request())
         fakes[0].seen.clear()
@@ -479,9 +481,10 @@ async def test_a_server_that_is_silent_in_a_generation_is_lost(tiny: Any):
         assert fakes[0].seen == [] and fakes[1].version == "1"
 
 
-async def test_requests_that_do_not_come_back_stop_the_update(tiny: Any):
+async def test_requests_that_do_not_come_back_stop_the_update(tiny: Any, monkeypatch: pytest.MonkeyPatch):
     fake = FakeServer()
-    async with serving(tiny, fake, control_timeout_s=0.5) as engine:
+    async with serving(tiny, fake) as engine:
+        monkeypatch.setattr(engine, "_config", engine._config.model_copy(update={"control_timeout_s": 0.5}))  # servers have their time
         fake.overrides["/generate"] = SILENCE
         call = asyncio.create_task(engine.generate(request()))
         while "/generate" not in fake.paths():

@@ -43,7 +43,7 @@ async def fake() -> AsyncIterator[FakeServer]:
 
 @pytest.fixture
 async def client(fake: FakeServer) -> AsyncIterator[SglangClient]:
-    client = SglangClient("server 0", fake.url, "key", MODEL, Deadlines(generate_s=5, control_s=5), lambda: "Its log is here.")
+    client = SglangClient("server 0", fake.url, "key", MODEL, Deadlines(generate_s=60, control_s=60), lambda: "Its log is here.")
     yield client
     await client.close()
 
@@ -165,7 +165,9 @@ async def test_logits_that_are_not_finite_are_the_policys(client: SglangClient, 
 
 
 async def test_silence_has_a_deadline_and_aborts_the_request(fake: FakeServer):
-    client = SglangClient("server 0", fake.url, None, MODEL, Deadlines(generate_s=0.2, control_s=5), lambda: "Its log is here.")
+    client = SglangClient("server 0", fake.url, None, MODEL, Deadlines(generate_s=0.2, control_s=60), lambda: "Its log is here.")
+    await client.version()  # connected: the request arrives before anybody could be tired of waiting
+    fake.seen.clear()
     fake.overrides["/generate"] = SILENCE
     with pytest.raises(InfrastructureFailure, match=r"server 0 did not answer /generate within 0.2 s. Its log is here."):
         await generate(client)
@@ -271,7 +273,9 @@ async def test_what_may_not_be_repeated_is_asked_once(path: str, call: Any, clie
 
 
 async def test_silence_is_not_waited_for_again(fake: FakeServer):
-    client = SglangClient("server 0", fake.url, None, MODEL, Deadlines(generate_s=5, control_s=0.2), lambda: "Its log is here.")
+    client = SglangClient("server 0", fake.url, None, MODEL, Deadlines(generate_s=60, control_s=0.2), lambda: "Its log is here.")
+    await generate(client)  # connected
+    fake.seen.clear()
     fake.overrides["/weights_checker"] = SILENCE
     with pytest.raises(InfrastructureFailure, match=r"did not answer /weights_checker within 0.2 s"):
         await client.checksum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def server(tmp_path, model):
     made: list[ServerProcess] = []
 
     def make(
-        interpreter: Path, boot_seconds: float = 30.0, device: str = "cpu", environment: dict | None = None, **arguments
+        interpreter: Path, boot_seconds: float = 120.0, device: str = "cpu", environment: dict | None = None, **arguments
     ) -> ServerProcess:
         log = tmp_path / "logs" / "server.log"
         made.append(ServerProcess(Launch(interpreter, model, "float32", device, arguments, environment or {}, log, boot_seconds)))
@@ -91,7 +92,25 @@ def server(tmp_path, model):
 
 def ended(pids: list[int]) -> bool:
     """Whether processes end, or have ended."""
-    return not psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1]
+    end = time.monotonic() + 60
+    while any(runs(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(runs(pid) for pid in pids)
+
+
+def runs(pid: int) -> bool:
+    """A zombie does not: it waits for whoever is its parent by now."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def child_of(process: ServerProcess) -> int:
+    """What ``CHILD`` said."""
+    found = re.search(r"^child (\d+)$", process.log_tail(100), re.MULTILINE)
+    assert found is not None, process.log_tail(100)
+    return int(found[1])
 
 
 def scratch_of(seen: Path) -> Path:
@@ -230,12 +249,20 @@ async def test_only_this_starts_log_is_told(fake, server, tmp_path):
     assert log.read_text().startswith("OldError")
 
 
-async def test_says_nothing(fake, server, tmp_path):
-    process = server(fake(f"print('loading', flush=True)\n{CHILD}time.sleep(1000)"), boot_seconds=1.0)
-    with pytest.raises(RunError, match=r"Waited 1 s for the SGLang server on port \d+ \(.*/model\) to answer") as caught:
+async def test_says_nothing(fake, server, tmp_path, monkeypatch):
+    process = server(fake(f"print('loading', flush=True)\n{CHILD}time.sleep(1000)"), boot_seconds=0.1)
+    answers = process._answers
+
+    def answers_once_it_runs() -> bool:
+        while "child" not in process.log_tail(1) and process.alive():
+            time.sleep(0.02)
+        return answers()
+
+    monkeypatch.setattr(process, "_answers", answers_once_it_runs)
+    with pytest.raises(RunError, match=r"Waited 0\.1 s for the SGLang server on port \d+ \(.*/model\) to answer") as caught:
         await process.start()
     assert "loading" in str(caught.value)
-    assert ended([int(process.log_tail(1).split()[1])]) and not scratch_of(tmp_path / "seen").exists()
+    assert ended([child_of(process)]) and not scratch_of(tmp_path / "seen").exists()
 
 
 async def test_somebody_elses_server_is_not_taken_for_ours(fake, server):
@@ -264,7 +291,7 @@ async def test_start_that_is_cancelled_leaves_nothing(fake, server, tmp_path):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not process.alive() and ended([int(process.log_tail(1).split()[1])])
+    assert not process.alive() and ended([child_of(process)])
 
 
 async def test_dies_later(fake, server):
@@ -274,7 +301,7 @@ async def test_dies_later(fake, server):
     main.kill()
     while process.alive():
         await asyncio.sleep(0.02)
-    assert ended([int(process.log_tail(1).split()[1])])
+    assert ended([child_of(process)])
     await process.stop()
     assert "by signal SIGKILL (its own, after an error, or the kernel's, out of memory)" in process.describe_death()
 
@@ -305,7 +332,7 @@ def test_nothing_outlives_us(fake, model, tmp_path, victim):
     interpreter = fake(SERVES.format(key=None))
     program = (
         "import asyncio, sys, time\nfrom pathlib import Path\nfrom miles_rollout.sglang.server import Launch, ServerProcess\n"
-        "s = ServerProcess(Launch(Path(sys.argv[1]), Path(sys.argv[2]), 'float32', 'cpu', {}, {}, Path(sys.argv[3]), 30.0))\n"
+        "s = ServerProcess(Launch(Path(sys.argv[1]), Path(sys.argv[2]), 'float32', 'cpu', {}, {}, Path(sys.argv[3]), 120.0))\n"
         "asyncio.run(s.start())\nprint(s.pid, flush=True)\ntime.sleep(1000)\n"
     )
     command = [sys.executable, "-c", program, interpreter, model, tmp_path / "log"]

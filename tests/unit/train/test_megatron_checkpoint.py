@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,40 +110,41 @@ def other_format(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
 
 
-@pytest.mark.parametrize(
-    "file, damage, reason",
-    [
-        ("weights-stage1-tensor0.safetensors", truncate, r"weights-stage1-tensor0\.safetensors cannot be read"),
-        ("weights-stage0-tensor0.safetensors", Path.unlink, r"weights-stage0-tensor0\.safetensors cannot be read"),
-        ("optimizer-stage1-tensor0.safetensors", truncate, r"optimizer-stage1-tensor0\.safetensors cannot be read"),
-        ("trainer.json", Path.unlink, r"trainer\.json cannot be read"),
-        ("trainer.json", other_format, "not of format 1"),
-        (
-            "weights-stage1-tensor0.safetensors",
-            other_shape,
-            r"linear_proj\.weight' is torch.float32 \[31, 32\], .* \[32, 32\]",
-        ),
-        ("weights-stage1-tensor0.safetensors", without_one, r"lacks 'decoder\.final_layernorm\.weight'"),
-        (
-            "optimizer-stage1-tensor0.safetensors",
-            without_a_moment,
-            r"optimizer-stage1-tensor0\.safetensors lacks 'exp_avg_sq\.decoder\.final_layernorm\.weight'.*incomplete",
-        ),
-    ],
-)
-async def test_damage_on_one_rank_is_refused_by_all_and_changes_nothing(
-    start: Start, dense: Path, tmp_path: Path, file: str, damage: Any, reason: str
-):
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("weights-stage1-tensor0.safetensors", truncate, r"weights-stage1-tensor0\.safetensors cannot be read"),
+    ("weights-stage0-tensor0.safetensors", Path.unlink, r"weights-stage0-tensor0\.safetensors cannot be read"),
+    ("optimizer-stage1-tensor0.safetensors", truncate, r"optimizer-stage1-tensor0\.safetensors cannot be read"),
+    ("trainer.json", Path.unlink, r"trainer\.json cannot be read"),
+    ("trainer.json", other_format, "not of format 1"),
+    (
+        "weights-stage1-tensor0.safetensors",
+        other_shape,
+        r"linear_proj\.weight' is torch.float32 \[31, 32\], .* \[32, 32\]",
+    ),
+    ("weights-stage1-tensor0.safetensors", without_one, r"lacks 'decoder\.final_layernorm\.weight'"),
+    (
+        "optimizer-stage1-tensor0.safetensors",
+        without_a_moment,
+        r"optimizer-stage1-tensor0\.safetensors lacks 'exp_avg_sq\.decoder\.final_layernorm\.weight'.*incomplete",
+    ),
+]
+
+
+async def test_damage_on_one_rank_is_refused_by_all_and_changes_nothing(start: Start, dense: Path, tmp_path: Path):
     trainer, other = [await start(dense, lr=1e-2, parallel={"pipeline": 2}) for _ in range(2)]
     await trainer.step(ragged_batch())
     await trainer.save(tmp_path / "cut")
-    damage(tmp_path / "cut" / file)
     before = await asyncio.to_thread(weights, other)
-    with pytest.raises(CheckpointError, match=reason):
-        await other.load(tmp_path / "cut")
-    assert same(await asyncio.to_thread(weights, other), before)
-    assert other.optimizer_steps == 0
+    for number, (file, damage, reason) in enumerate(DAMAGE):
+        cut = shutil.copytree(tmp_path / "cut", tmp_path / f"damaged-{number}")
+        damage(cut / file)
+        with pytest.raises(CheckpointError, match=reason):
+            await other.load(cut)
+        assert same(await asyncio.to_thread(weights, other), before), reason
+        assert other.optimizer_steps == 0
     await other.step(ragged_batch())  # the ranks go on
+    await other.load(tmp_path / "cut")
+    assert other.optimizer_steps == 1
 
 
 async def test_another_layout_is_refused_with_both_named(start: Start, dense: Path, tmp_path: Path):
@@ -159,22 +161,21 @@ async def test_another_trainers_checkpoint_is_refused(start: Start, dense: Path,
         await (await start(dense)).load(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("file", ["weights-stage0-tensor0.safetensors", "trainer.json"])
-async def test_a_disk_that_cannot_be_written_to_is_a_sentence(start: Start, dense: Path, tmp_path: Path, file: str):
+async def test_a_disk_that_cannot_be_written_to_is_a_sentence(start: Start, dense: Path, tmp_path: Path):
     trainer = await start(dense, parallel={"data": 2})
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / file).mkdir()  # stands in the way of rank 0's file
-    with pytest.raises(RunError, match=r"^rank 0: .*directory"):
-        await trainer.save(tmp_path / "cut")
-    assert not (tmp_path / "cut/trainer.json").is_file()
+    for file in ("weights-stage0-tensor0.safetensors", "trainer.json"):
+        cut = tmp_path / file.replace(".", "-")
+        (cut / file).mkdir(parents=True)  # stands in the way of rank 0's file
+        with pytest.raises(RunError, match=r"^rank 0: .*directory"):
+            await trainer.save(cut)
+        assert not (cut / "trainer.json").is_file()
     await trainer.step(ragged_batch())  # the ranks go on
 
 
 # Hugging Face directories
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**28, 16384])
-@pytest.mark.parametrize("name, layout", [("dense", {"pipeline": 2}), ("moe", {"data": 2, "expert": 2})])
+@pytest.mark.parametrize("bucket_bytes, name, layout", [(2**28, "dense", {"pipeline": 2}), (16384, "moe", {"data": 2, "expert": 2})])
 async def test_an_export_is_what_transformers_reads(
     request: pytest.FixtureRequest, start: Start, tmp_path: Path, name: str, layout: dict[str, int], bucket_bytes: int
 ):

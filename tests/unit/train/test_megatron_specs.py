@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures.forked import run_forked
+from fixtures.ranks import run_ranks
 from fixtures.training import COMMON, MODELS
 
 from miles_core.errors import ConfigError
@@ -166,10 +166,13 @@ class _Entry:
 def test_a_table_from_another_package(monkeypatch: pytest.MonkeyPatch):
     spec = ModelSpec("Other", QWEN3.fields, QWEN3.ignored, QWEN3.constants, QWEN3.sizes, QWEN3.weights)
 
-    ours = list(metadata.entry_points(group="miles.model_spec"))
+    read = metadata.entry_points
+    ours = list(read(group="miles.model_spec"))
 
     def installed(load: Callable[[], Any]) -> None:
-        monkeypatch.setattr(metadata, "entry_points", lambda group: [*ours, _Entry(load)] if group == "miles.model_spec" else [])
+        monkeypatch.setattr(
+            metadata, "entry_points", lambda group: [*ours, _Entry(load)] if group == "miles.model_spec" else read(group=group)
+        )
 
     other = DENSE | {"architectures": ["Other"]}
     installed(lambda: spec)
@@ -279,7 +282,7 @@ def test_ranks_stand_where_megatron_puts_them():
     every = layouts()
     assert len(every) > 50
     sizes = [(x.tensor, x.pipeline, x.context, x.expert, x.data) for x in every]
-    for layout, groups in zip(every, run_forked(megatron_groups, 1, sizes)[0], strict=True):
+    for layout, groups in zip(every, run_ranks(megatron_groups, 1, sizes)[0], strict=True):
         for axis, of_axis in groups.items():
             assert sorted(r for group in of_axis for r in group) == list(range(layout.world_size))
             for group in of_axis:
@@ -294,7 +297,7 @@ def test_ranks_stand_where_megatron_puts_them():
     "layout, config, words",
     [
         (Layout(tensor=3), DENSE, ["3 tensor-parallel ranks cannot share 4 attention heads", "2 key/value heads"]),
-        (Layout(tensor=4), DENSE, ["4 tensor-parallel ranks cannot share 2 key/value heads evenly; choose a tensor-"]),
+        (Layout(tensor=4), DENSE, ["4 tensor-parallel ranks cannot share 2 key/value heads evenly; choose a number of tensor-"]),
         (Layout(tensor=2), DENSE | {"intermediate_size": 49}, ["49 columns in an MLP"]),
         (Layout(pipeline=3), DENSE, ["3 pipeline-parallel ranks cannot share 2 layers"]),
         (Layout(expert=3, data=3), MOE, ["3 expert-parallel ranks cannot share 8 experts"]),

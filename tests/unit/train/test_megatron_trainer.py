@@ -60,14 +60,15 @@ async def test_annotated_columns_are_the_torch_trainers(start: Start, moe: Path)
 
 @pytest.mark.parametrize("layout", [{"data": 2, "expert": 2}, {"tensor": 2, "expert": 2}], ids=str)
 async def test_the_gradient_does_not_depend_on_micro_batches(start: Start, moe: Path, layout: dict[str, int]):
-    """Also where the ranks have different numbers of them, or one has none: a single sample on two data-parallel ranks."""
-    for batch in (ragged_batch(), one_sample()):
-        norms = []
-        for tokens in (1, 45, 10_000):
-            trainer = await start(moe, parallel=layout, micro_batch_tokens=tokens)
-            norms.append((await trainer.step(batch)).metrics["grad_norm"])
-            await trainer.close()
-        assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+    """Also where the ranks have different numbers of them, or one has none: a single sample on two data-parallel ranks. No step is long
+    enough to move a weight."""
+    norms: dict[int, list[float]] = {0: [], 1: []}
+    for tokens in (1, 45, 10_000):
+        trainer = await start(moe, parallel=layout, micro_batch_tokens=tokens, lr=1e-30, weight_decay=0.0)
+        for which, batch in enumerate((ragged_batch(), one_sample())):
+            norms[which].append((await trainer.step(batch)).metrics["grad_norm"])
+    for same_batch in norms.values():
+        assert same_batch == pytest.approx([same_batch[0]] * 3, rel=1e-5)
 
 
 def one_sample() -> Batch:
@@ -286,7 +287,9 @@ async def test_the_ranks_have_one_deadline_for_a_whole_step(cluster: Any, dense:
     await trainer.start()
     clock.takes = seconds - 1
     try:
-        with pytest.raises(RanksLost, match=r"the run waited 1 s for an optimizer step: rank 1 of 2 of trainer-policy did not answer step"):
+        with pytest.raises(
+            RanksLost, match=r"the run waited 1 s for an optimizer step: ranks? (0, )?1 of 2 of trainer-policy did not answer step"
+        ):
             await asyncio.wait_for(trainer.step(ragged_batch()), 60)
     finally:
         await trainer.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 
+from miles_core.errors import DataError
 from miles_core.protocols import Observation, Prompt
 
 from .arithmetic import evaluate, written
@@ -31,8 +32,14 @@ class Calculator:
     stop = ("</call>",)
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """The problem. Its label is the answer, a whole number."""
-        self._answer = int(prompt.label)
+        """The problem. Its label is the answer, a whole number. Raises DataError where it has none."""
+        try:
+            self._answer = int(prompt.label)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"prompt {prompt.id}: its label is {prompt.label!r}; the environment calculator compares answers with a whole number "
+                "(label_field of the data)"
+            ) from None
         return Observation(prompt.text, stop=self.stop)
 
     async def step(self, action: str) -> Observation:

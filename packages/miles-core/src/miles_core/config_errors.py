@@ -39,7 +39,9 @@ def sentences(error: ValidationError, recipe: Recipe, model: type[BaseModel], da
             message = problem["msg"].removeprefix("Value error, ")
             secret = isinstance(problem["input"], str) and "://" in problem["input"]  # addresses may hold keys
             found = "" if secret or isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-            out.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{found}")
+            emptied = problem["type"] == "dict_type" and problem["input"] is None  # as a stage is left out; entries are, one by one
+            hint = f". To leave out what is inherited, null its entries: {key}: {{NAME: null}}" if emptied else ""
+            out.append(f"{where}: {key}: {message[0].lower()}{message[1:]}{found}{hint}")
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,6 +95,16 @@ class Found:
 
 def find_all(point: str) -> dict[str, Found]:
     """Every plug-in of a point by name: entry points of installed packages, then decorated objects of this process."""
+    found = dict(_installed(point, _packages()))
+    for (decorated_point, name), obj in _DECORATED.items():
+        if decorated_point == point:
+            found[name] = Found(point, name, f"decorated in {obj.__module__}", lambda obj=obj: obj)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _installed(point: str, packages: tuple[str, ...]) -> dict[str, Found]:
+    """The entry points of a point, read once for as long as nothing is installed: each reading opens the files of every package."""
     found: dict[str, Found] = {}
     for entry in metadata.entry_points(group=f"miles.{point}"):
         package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown package"
@@ -101,10 +112,21 @@ def find_all(point: str) -> dict[str, Found]:
         if entry.name in found and found[entry.name].origin != origin:
             raise PluginError(f"{point} {entry.name!r} is registered by both {found[entry.name].origin} and {origin}; uninstall one")
         found[entry.name] = Found(point, entry.name, origin, entry.load)
-    for (decorated_point, name), obj in _DECORATED.items():
-        if decorated_point == point:
-            found[name] = Found(point, name, f"decorated in {obj.__module__}", lambda obj=obj: obj)
     return found
+
+
+def _packages() -> tuple[str, ...]:
+    """What is installed: the directories that describe packages, in the order of ``sys.path``."""
+    entries = [entry or "." for entry in sys.path]
+    read = [entry for entry in entries if os.path.isdir(entry) and os.access(entry, os.R_OK)]
+    return tuple(info for entry in read for info in _packages_in(entry, os.stat(entry).st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _packages_in(directory: str, changed: int) -> tuple[str, ...]:
+    """Those in a directory, listed once for as long as nothing in it comes or goes."""
+    names = (name for name in os.listdir(directory) if name.endswith((".dist-info", ".egg-info")))
+    return tuple(os.path.join(directory, name) for name in sorted(names))
 
 
 def origin_of(point: str, use: str) -> str:

@@ -62,7 +62,8 @@ def find_recipe(name: str) -> Path:
     bundled = bundled_recipes()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(f"no recipe file {path}.{did_you_mean(path.stem, list(bundled))}")
+            beside = [str(p) for p in path.parent.glob("*.y*ml")]
+            raise ConfigError(f"no recipe file {path}.{did_you_mean(str(path), beside) or did_you_mean(path.stem, list(bundled))}")
         return path.resolve()
     if name not in bundled:
         raise ConfigError(

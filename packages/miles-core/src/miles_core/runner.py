@@ -67,6 +67,7 @@ class Run:
         run_dir = RunDir.create(self.config.runs_dir, self.config.name)
         with disk.sentences(run_dir.path), memory.sentences(), run_dir.writing():
             run_dir.write_config(self.config.to_yaml())
+            self.observer.note(f"The run's directory: {run_dir.path}")
             first = next(iter(self.config.stages))
             return await self._stages(run_dir, Origin(first, 0))
 

@@ -16,7 +16,8 @@ def check_request(request: GenerateRequest, vocab_size: int, max_length: int) ->
     if len(tokens) == 0:
         raise DataError(f"{who}: the context is empty; give at least one token to start from")
     if len(tokens) >= max_length:
-        raise DataError(f"{who}: the context has {len(tokens)} tokens, which leaves no room: the engine takes {max_length} in all")
+        room = f"which leaves no room: the engine takes {max_length} in all"
+        raise DataError(f"{who}: the context has {len(tokens)} tokens, {room}; max_prompt_tokens and too_long of the data bound prompts")
     outside = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
     if len(outside):
         index = int(outside[0])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,15 +21,13 @@ from ..errors import MilesError
 from ..run_dir import RunDir
 from ..runner import Outcome
 from . import complete
+from .screen import console, errors, print_wide
 
 app = typer.Typer(
-    help="Post-train language models with reinforcement learning.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A bundled recipe's name (see `miles recipes`) or a YAML file.", autocompletion=complete.recipes)
@@ -38,6 +35,19 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="The run's directory.", autocompletion=complete.runs)]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. seed=3 or model.trainer.lr=1e-4")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"miles {metadata.version('miles-core')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version of Miles.")] = False,
+) -> None:
+    """Post-train language models with reinforcement learning."""
 
 
 @app.command()
@@ -76,9 +86,9 @@ def check(
     if json_:
         print(json.dumps(config.model_dump(mode="json"), indent=2))
     else:
-        console.print(plan(config))
+        print_wide(plan(config))
         for sentence in missing(config):
-            console.print(f"[yellow]not on this machine[/] {escape(sentence)}")
+            console.print(f"[yellow]not on this machine[/] {escape(sentence)}", soft_wrap=True)
         console.print("[green]ok[/] " + ("everything was built" if load else "nothing was built; --load does"))
 
 
@@ -162,12 +172,12 @@ def recipes(json_: JsonOption = False) -> None:
     table = Table("recipe", "what it does", box=None)
     for name, comment in found.items():
         table.add_row(f"[bold]{name}[/]", escape(comment))
-    console.print(table)
+    print_wide(table)
 
 
 @app.command()
 def plugins(
-    point: Annotated[str | None, typer.Argument(help="Only this plug-point.")] = None,
+    point: Annotated[str | None, typer.Argument(help="Only this plug-point.", autocompletion=complete.points)] = None,
     json_: JsonOption = False,
 ) -> None:
     """List every plug-in and where it comes from."""
@@ -186,7 +196,7 @@ def plugins(
         table.add_row(f"[bold]{name}[/]", "", f"[dim]{POINTS[name].doc}[/]")
         for plug_in, entry in sorted(plug_ins.items()):
             table.add_row("", plug_in, escape(entry.origin))
-    console.print(table)
+    print_wide(table)
 
 
 @app.command()
@@ -201,7 +211,7 @@ def doctor(json_: JsonOption = False) -> None:
         table = Table("", "what", "found", box=None)
         for f in findings:
             table.add_row({"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "bad": "[red]!![/]"}[f.state], f.what, escape(f.found))
-        console.print(table)
+        print_wide(table)
     if any(f.state == "bad" for f in findings):
         raise typer.Exit(1)
 
@@ -223,9 +233,11 @@ def _report(outcome: Outcome) -> None:
     from .ending import ending
 
     if outcome.finished:
-        console.print(ending(RunDir(outcome.run_dir)))
+        for part in ending(RunDir(outcome.run_dir)):
+            console.print(part, soft_wrap=isinstance(part, str))
     else:
-        console.print(f"Stopped after step {outcome.steps}; everything is saved. Go on with: [bold]miles resume {outcome.run_dir}[/]")
+        there = escape(str(outcome.run_dir))
+        console.print(f"Stopped after step {outcome.steps}; everything is saved. Go on with: [bold]miles resume {there}[/]", soft_wrap=True)
 
 
 @functools.cache
@@ -247,9 +259,9 @@ def main() -> None:
         if code:
             sys.exit(code)
     except MilesError as error:
-        errors.print(f"[bold red]error[/] {escape(str(error))}")
+        errors.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
         for note in getattr(error, "__notes__", []):
-            errors.print(escape(note))
+            errors.print(escape(note), soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, asyncio.CancelledError, typer.Abort):
         errors.print("interrupted")
@@ -258,5 +270,7 @@ def main() -> None:
         code = getattr(error, "exit_code", None)  # click's usage errors
         if code is None or not hasattr(error, "format_message"):
             raise
-        errors.print(f"[bold red]error[/] {escape(error.format_message())}")  # ty: ignore[not-callable]
+        said = error.format_message()  # ty: ignore[not-callable]
+        if said:  # not of a command that shows its help for want of arguments
+            errors.print(f"[bold red]error[/] {escape(said)}", soft_wrap=True)
         sys.exit(code)

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..inspection.compare import Point, RunMetrics, chosen_metrics, differences, draw, labels
 from ..inspection.plain import finite
 from ..run_dir import RunDir
-from .drive import console
+from .screen import console, print_wide
 
 
 def compare(directories: Sequence[Path], metrics: str | None, at: str | None, plot: Path | None, as_json: bool) -> None:
@@ -32,12 +32,12 @@ def compare(directories: Sequence[Path], metrics: str | None, at: str | None, pl
     if as_json:
         print(json.dumps(finite(_for_machines(runs, chosen, steps)), indent=1, allow_nan=False))
         return
-    console.print(_metrics(runs, chosen, steps))
+    print_wide(_metrics(runs, chosen, steps))
     differing = differences(runs)
     if len(runs) > 1:
-        console.print(_configs(runs, differing) if differing else "The configurations are alike.")
+        print_wide(_configs(runs, differing)) if differing else console.print("The configurations are alike.")
     if plot is not None:
-        console.print(f"Plot: {escape(str(plot))}")
+        console.print(f"Plot: {escape(str(plot))}", soft_wrap=True)
 
 
 def _steps(text: str | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the shell offers after a Tab: recipes and run directories. Nothing heavy is imported for it."""
+"""What the shell offers after a Tab: recipes, run directories and plug-points. Nothing heavy is imported for it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def runs(incomplete: str) -> list[str]:
     found += [f"runs/{p.parent.name}" for p in Path("runs").glob("*/config.yaml") if f"runs/{p.parent.name}".startswith(incomplete)]
     whole = [p.rstrip("/") for p in found if Path(p, "config.yaml").is_file()]
     return sorted({*whole, *(p for p in found if p.rstrip("/") not in whole)})
+
+
+def points(incomplete: str) -> list[tuple[str, str]]:
+    """Plug-points with what they are."""
+    from ..plugins import POINTS
+
+    return [(name, point.doc) for name, point in POINTS.items() if name.startswith(incomplete)]
 
 
 def _paths(incomplete: str) -> list[str]:

@@ -33,7 +33,7 @@ def examine() -> list[Finding]:
         findings.append(_package(package))
     for module, extra in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
-        findings.append(Finding("ok" if there else "missing", module, "installed" if there else f"pip install '{extra}'"))
+        findings.append(Finding("ok" if there else "missing", module, _version(module) if there else f"pip install '{extra}'"))
     findings += [_plugins(), _machine(), _disk()]
     if importlib.util.find_spec("torch"):
         findings.append(_torch())
@@ -45,6 +45,13 @@ def _package(name: str) -> Finding:
         return Finding("ok", name, metadata.version(name))
     except metadata.PackageNotFoundError:
         return Finding("bad" if name == "miles-core" else "missing", name, f"pip install {name}")
+
+
+def _version(module: str) -> str:
+    try:
+        return metadata.version("megatron-core" if module == "megatron" else module)
+    except metadata.PackageNotFoundError:
+        return "installed"
 
 
 def _plugins() -> Finding:
@@ -72,6 +79,7 @@ def _disk() -> Finding:
 def _torch() -> Finding:
     import torch
 
+    threads = torch.get_num_threads()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    without = f"none; torch {torch.__version__} computes on the CPU with {torch.get_num_threads()} threads"
+    without = f"none; torch {torch.__version__} computes on the CPU with {threads} thread{'s' if threads > 1 else ''}"
     return Finding("ok", "accelerators", ", ".join(devices) or without)

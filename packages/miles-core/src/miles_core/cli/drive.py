@@ -7,15 +7,11 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from rich.console import Console
-
 from ..config import RunConfig
 from ..run_dir import RunDir
 from ..runner import Outcome, Run
 from .live import JsonView, LiveView
-
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+from .screen import console, errors
 
 
 def drive(config: RunConfig, directory: RunDir | None, as_json: bool = False) -> Outcome:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Group
 from rich.markup import escape
 from rich.panel import Panel
 
@@ -15,10 +14,10 @@ from ..sample import Sample
 from ..sample_io import load_samples
 
 
-def ending(run_dir: RunDir) -> Group:
-    """What is printed after the last step; writes ``reward.png`` if there were rewards."""
+def ending(run_dir: RunDir) -> list[str | Panel]:
+    """What is printed after the last step, in markup; writes ``reward.png`` if there were rewards."""
     rows = [row for row in run_dir.rows() if "reward" in row]
-    parts: list = []
+    parts: list[str | Panel] = []
     accuracies: dict[str, list[float]] = {}
     for row in run_dir.rows():
         for key in (k for k in row if k.startswith("eval/") and "/avg@" in k):
@@ -30,15 +29,13 @@ def ending(run_dir: RunDir) -> Group:
         parts.append(f"Curve: {plot(run_dir)}" if find_spec("matplotlib") else escape("Curve: pip install 'miles-core[report]' draws it"))
     final = run_dir.models / "final"
     kind = " (a PEFT directory)" if is_adapter(final / "policy") else " (a Hugging Face directory)" if holds_model(final / "policy") else ""
-    parts.append(f"Weights: {final}/policy{kind} · metrics: {run_dir.metrics} · tensorboard --logdir {run_dir.path}")
     here = escape(str(run_dir.path))
-    parts.append(
-        f"Look into it: [bold]miles inspect {here}[/] (--html FILE: in a browser) · take it away: [bold]miles export {here} DIRECTORY[/]"
-    )
-    parts.append(
-        "Next: another seed ([bold]seed=1[/]), your own options ([bold]miles check RECIPE[/]), your own task (docs/quickstart.md)."
-    )
-    return Group(*parts)
+    parts.append(f"Weights: {escape(str(final))}/policy{kind}")
+    parts.append(f"Metrics: {escape(str(run_dir.metrics))} (curves: tensorboard --logdir {here})")
+    parts.append(f"Look into it: [bold]miles inspect {here}[/] (--html FILE: in a browser)")
+    parts.append(f"Take it away: [bold]miles export {here} DIRECTORY[/]")
+    parts.append("Next: another seed ([bold]seed=1[/]), your own reward (README.md), your own task (docs/quickstart.md)")
+    return parts
 
 
 def plot(run_dir: RunDir) -> Path:

@@ -21,7 +21,7 @@ from ..inspection.tokens import Vocabulary, quantities, stretches
 from ..plugin_finding import did_you_mean
 from ..run_dir import RunDir
 from ..sample import Sample
-from .drive import console, errors
+from .screen import console, errors, print_wide, width
 
 
 def show_list(run: RunDir, selection: Selection, limit: int, groups: bool, as_json: bool) -> None:
@@ -31,15 +31,15 @@ def show_list(run: RunDir, selection: Selection, limit: int, groups: bool, as_js
         found = grouped(seen)
         if as_json:
             return _print_lines(found)
-        console.print(group_listing(found[-limit:]))
+        print_wide(group_listing(found[-limit:], width()))
         return seen.report(len(found), min(limit, len(found)), "groups")
     if as_json:
         return _print_lines(seen)
     newest = deque(seen, maxlen=limit)
-    console.print(listing(newest))
+    print_wide(listing(newest, width()))
     seen.report(seen.matching, len(newest), "trajectories")
     if newest:
-        console.print(f"[dim]One in full: miles inspect {escape(str(run.path))} {newest[-1].address}[/]")
+        console.print(f"[dim]One in full: miles inspect {escape(str(run.path))} {newest[-1].address}[/]", soft_wrap=True)
 
 
 def show_one(run: RunDir, address: str, by: str, as_json: bool) -> None:

@@ -43,7 +43,7 @@ class LiveView(Observer):
 
     def __init__(self, config: RunConfig, console: Console):
         self.config, self.console = config, console
-        self.rows: deque[Mapping[str, Any]] = deque(maxlen=SHOWN)
+        self.lines: deque[tuple[int, list[str]]] = deque(maxlen=SHOWN)  # the run's step, and what its line says
         self.total = sum(s.steps for s in config.stages.values())
         self.done = 0
         self.now, self.detail = "start", ""
@@ -82,9 +82,9 @@ class LiveView(Observer):
         self.done, self.stage_done = row["step"], row["stage_step"]
         accuracies = [v for k, v in row.items() if k.startswith("eval/") and "/avg@" in k]
         self.accuracy = accuracies[0] if accuracies else self.accuracy
-        if self.rows and self.rows[-1]["step"] == row["step"]:
-            self.rows.pop()
-        self.rows.append(row)
+        if self.lines and self.lines[-1][0] == row["step"]:
+            self.lines.pop()
+        self.lines.append((row["step"], [text for _, text in self._cells(row)]))
         if not self.console.is_terminal and (accuracies or row["stage_step"] % max(1, self.stage_steps // 10) == 0):
             self.console.print(" · ".join(f"{name} {text}" for name, text in self._cells(row) if text), soft_wrap=True)
 
@@ -113,8 +113,8 @@ class LiveView(Observer):
         table = Table(box=None, pad_edge=False)
         for name, _ in self._cells({"stage": "", "stage_step": 0}):
             table.add_column(name, justify="left" if name == "stage" else "right")
-        for row in self.rows:
-            table.add_row(*[text for _, text in self._cells(row)])
+        for _, line in self.lines:
+            table.add_row(*line)
         return table
 
     def _render(self) -> Group:

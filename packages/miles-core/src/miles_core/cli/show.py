@@ -18,19 +18,22 @@ def first_comment(path: Path) -> str:
 def plan(config: RunConfig) -> Tree:
     """What a run would do, stage by stage."""
     steps = sum(s.steps for s in config.stages.values())
+    handed_on: dict[str, str] = {}  # model: the stage whose weights it goes on from
     tree = Tree(f"[bold]{config.name}[/] · seed {config.seed} · {steps} steps · {config.runs_dir / config.name}")
     for name, stage in config.stages.items():
         branch = tree.add(f"[bold]{name}[/]: {stage.steps} steps of {stage.groups} groups, {_mode(stage)}")
         rewards = ", ".join(stage.rewards) or "the environment's, if any"
         branch.add(f"rollout {stage.rollout.use}{_size(stage)} over {stage.data.use}; rewards: {rewards}")
         for model_name, model in stage.models.items():
+            after = f"the weights of stage {handed_on[model_name]}" if model_name in handed_on else None
             made = f"a new {model.config.get('model_type')}" if model.config else f"the weights of {model.of or 'the policy'}"
             origin = (
                 f"trainer {model.trainer.use}"
                 if model.trainer.brings_weights
-                else f"from {model.path or made}, trainer {model.trainer.use}{_adapter(model)}"
+                else f"from {after or model.path or made}, trainer {model.trainer.use}{_adapter(model)}"
             )
             branch.add(f"{model.role} [bold]{model_name}[/] {origin}{_learning(model)}")
+        handed_on |= {n: name for n, m in stage.models.items() if m.losses}
         for evaluator, plugin in stage.evaluators.items():
             branch.add(f"evaluator {evaluator} ({plugin.use}) every {stage.every.evaluate} steps")
     return tree
@@ -58,7 +61,8 @@ def _learning(model: ModelConfig) -> str:
 
 
 def _mode(stage: StageConfig) -> str:
-    return "rollout and training in turns" if stage.max_staleness == 0 else f"data at most {stage.max_staleness} versions old"
+    old = stage.max_staleness
+    return "rollout and training in turns" if old == 0 else f"data at most {old} version{'s' if old > 1 else ''} old"
 
 
 def _size(stage: StageConfig) -> str:

@@ -90,12 +90,10 @@ class Exchange:
     def _ready(self, end: float) -> list[socket.socket]:
         """Connections of ranks that have something to say; waits for one until ``end``."""
         self._check_there()
-        with selectors.PollSelector() as selector:  # epoll would forget a connection that is closed while it waits
+        with selectors.DefaultSelector() as selector:
             for connection, rank in self._of.items():
-                if rank not in self.results and rank not in self.failures and connection.fileno() >= 0:
+                if rank not in self.results and rank not in self.failures:
                     selector.register(connection, selectors.EVENT_READ)
-            if not selector.get_map():  # ended since we looked
-                return self._ready(end)
             return [key.fileobj for key, _ in selector.select(max(end - time.monotonic(), 0))]  # ty: ignore[invalid-explicit-return]
 
     def _check_there(self) -> None:

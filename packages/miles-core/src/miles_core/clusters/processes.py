@@ -50,6 +50,8 @@ class Processes:
         with self._lock:
             if group.given_up:  # and perhaps the cluster closed
                 raise RunError(f"the start of {group.name} was given up")
+            if group.ended is not None:  # the cluster closed while it was started: nobody would end another server
+                raise RanksLost(f"{group.name} cannot be started: {group.ended}")
             server = self._servers.get(module)
             if server is None or not server.alive:
                 server = self._servers[module] = ForkServer(module, group.logs[0].parent / f"{group.name}-import.log")
@@ -90,7 +92,7 @@ class LocalRanks:
         self.connections: list[socket.socket] = []
         self.server: ForkServer | None = None
         self.number = -1
-        self._busy = threading.Lock()
+        self._busy, self._ending = threading.Lock(), threading.Lock()
         self._open: Exchange | None = None  # a stream between two items
         self.ended: str | None = None
         self.given_up = False
@@ -151,14 +153,24 @@ class LocalRanks:
 
     def end(self, why: str, dying: Sequence[int] = ()) -> list[int]:
         """End the processes; later calls say why. Returns their exit statuses, those of ``dying`` ranks as they ended by themselves."""
-        if self.ended is not None:
-            return []
-        self.ended = why
+        with self._ending:
+            if self.ended is not None:
+                return []
+            self.ended = why
         for connection in self.connections:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes who polls it; close alone would not
-            connection.close()
+                connection.shutdown(socket.SHUT_RDWR)  # the rank hears of it, and who waits for it here
+        self._close_connections()
         return self.server.end(self.number, list(dying)) if self.server is not None and self.number >= 0 else []
+
+    def _close_connections(self) -> None:
+        """Close them, unless a call is using them: then it does so when it is done, lest it read what gets their numbers next."""
+        if self._busy.acquire(blocking=False):
+            try:
+                for connection in self.connections:
+                    connection.close()
+            finally:
+                self._busy.release()
 
     def _call(self, mode: str, method: str, arguments: list[tuple], end: float, seconds: float, what: str) -> list[Any]:
         exchange = Exchange(self, method, end, seconds, what)
@@ -191,6 +203,8 @@ class LocalRanks:
             yield
         finally:
             self._busy.release()
+            if self.ended is not None:
+                self._close_connections()
 
     def _check_there(self, asked: str) -> None:
         if self.ended is not None:

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Group
 from rich.rule import Rule
 from rich.table import Table
@@ -16,49 +17,55 @@ from .facts import Facts
 from .groups import GroupFacts
 from .tokens import RATIO, Stretch, doc_of, intensities, quantities, stretches, why_nothing
 
+Columns = dict[str, list[str] | list[Text]]
+"""Cells by the column's name."""
+
+LEAST = 10
+"""Characters of a column that yields to a narrow terminal."""
+
 HIGH, LOW = (120, 190, 255), (255, 170, 110)
 """Backgrounds of what is full: +1 and −1."""
 
 
-def listing(facts: Sequence[Facts]) -> Table:
-    """One line a trajectory."""
-    has_parts = any(parts(f.rewards) for f in facts)
-    names = [
-        "trajectory",
-        "prompt",
-        "group",
-        "reward",
-        *(["parts"] if has_parts else []),
-        "status",
-        "turns",
-        "tokens",
-        "trained",
-        "version",
-    ]
-    table = _table(*names)
-    for f in facts:
-        table.add_row(
-            f.address,
-            _cell(f.prompt or f.prompt_id),
-            _cell(f"{f.group}/t{f.trajectory}" + (f".b{f.branch}" if f.branch else "") + (f"@{f.attempt}" if f.attempt else "")),
-            _number(f.reward),
-            *([_cell(parts(f.rewards))] if has_parts else []),
-            f.status,
-            *map(str, (f.turns, f.length, f.trained)),
-            _versions(f),
-        )
-    return table
+def listing(facts: Sequence[Facts], width: int | None = None) -> Table:
+    """One line a trajectory, in ``width`` characters if that is given."""
+    columns: Columns = {
+        "trajectory": [f.address for f in facts],
+        "prompt": [_cell(f.prompt or f.prompt_id) for f in facts],
+        "group": [
+            _cell(f"{f.group}/t{f.trajectory}" + (f".b{f.branch}" if f.branch else "") + (f"@{f.attempt}" if f.attempt else ""))
+            for f in facts
+        ],
+        "reward": [_number(f.reward) for f in facts],
+        "parts": [_cell(parts(f.rewards)) for f in facts],
+        "status": [f.status for f in facts],
+        "turns": [str(f.turns) for f in facts],
+        "tokens": [str(f.length) for f in facts],
+        "trained": [str(f.trained) for f in facts],
+        "version": [_versions(f) for f in facts],
+    }
+    if not any(cell.plain for cell in columns["parts"] if isinstance(cell, Text)):
+        del columns["parts"]
+    return _table(columns, width, less_needed=("group", "turns", "version", "trained", "parts"))
 
 
-def group_listing(groups: Sequence[GroupFacts]) -> Table:
-    """One line a group."""
-    table = _table("first", "step", "of", "prompt", "group", "size", "reward", "least", "most", "std", "tokens", "status")
-    for g in groups:
-        status = ", ".join(f"{n} {s}" for s, n in g.statuses.items())
-        numbers = map(_number, (g.mean, g.least, g.most, g.std))
-        prompt = _cell(g.prompt or g.prompt_id)
-        table.add_row(g.first, str(g.step), g.source, prompt, _cell(g.group), str(g.size), *numbers, f"{g.length:.0f}", status)
-    return table
+def group_listing(groups: Sequence[GroupFacts], width: int | None = None) -> Table:
+    """One line a group, in ``width`` characters if that is given."""
+    columns: Columns = {
+        "first": [g.first for g in groups],
+        "step": [str(g.step) for g in groups],
+        "of": [g.source for g in groups],
+        "prompt": [_cell(g.prompt or g.prompt_id) for g in groups],
+        "group": [_cell(g.group) for g in groups],
+        "size": [str(g.size) for g in groups],
+        "reward": [_number(g.mean) for g in groups],
+        "least": [_number(g.least) for g in groups],
+        "most": [_number(g.most) for g in groups],
+        "std": [_number(g.std) for g in groups],
+        "tokens": [f"{g.length:.0f}" for g in groups],
+        "status": [", ".join(f"{n} {s}" for s, n in g.statuses.items()) for g in groups],
+    }
+    return _table(columns, width, less_needed=("of", "step", "group", "status", "tokens", "std", "size"))  # the address says the first two
 
 
 def whole(facts: Facts, sample: Sample, by: str, texts: list[str] | None) -> Group:
@@ -105,12 +112,25 @@ def parts(rewards: dict[str, float]) -> str:
     return " ".join(f"{n}={v:.3g}" for n, v in rewards.items()) if len(rewards) > 1 else ""
 
 
-def _table(*names: str) -> Table:
+def _table(columns: Columns, width: int | None, less_needed: Sequence[str]) -> Table:
+    """Columns side by side; of those less needed, the first are left out, as many as it takes to fit."""
+    left, yielding = {"trajectory", "first", "of", "prompt", "group", "parts", "status"}, {"prompt", "group", "parts"}
+    needed = {n: 2 + max(cell_len(n), LEAST if n in yielding else max(map(_length, cells), default=0)) for n, cells in columns.items()}
+    for name in less_needed:
+        if width is not None and sum(needed.values()) - 2 > width:
+            needed.pop(name, None)
     table = Table(box=None, pad_edge=False)
-    left, yielding = {"trajectory", "first", "of", "prompt", "group", "parts", "status"}, {"prompt": 12, "group": 8, "parts": 8}
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=name not in yielding, min_width=yielding.get(name))
+    for name in needed:
+        table.add_column(
+            name, justify="left" if name in left else "right", no_wrap=name not in yielding, min_width=LEAST if name in yielding else None
+        )
+    for row in zip(*(columns[name] for name in needed), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _length(cell: str | Text) -> int:
+    return cell.cell_len if isinstance(cell, Text) else cell_len(cell)
 
 
 def _cell(text: str) -> Text:

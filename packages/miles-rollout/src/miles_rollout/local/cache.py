@@ -82,6 +82,7 @@ class SlotCache(Cache):
         self.n_slots = 0
         self.length = 0
         self.aim: Aim
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def clear(self) -> None:
         """Give the memory back: no slots, no positions."""
@@ -93,18 +94,22 @@ class SlotCache(Cache):
 
     def _resize(self, n_slots: int, length: int) -> None:
         self.n_slots, self.length = n_slots, length
+        self._held = []
         for layer in self._slot_layers:
             if layer.is_initialized:
                 layer.keys, layer.values = (_resized(held, n_slots, length) for held in (layer.keys, layer.values))
 
     def held(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, [slots, heads_kv, positions, head_dim]; once something was run."""
-        return [(layer.keys, layer.values) for layer in self._slot_layers]
+        """Keys and values of each layer, [slots · heads_kv, positions, head_dim]; once something was run."""
+        if not self._held:
+            self._held = [(layer.keys.flatten(0, 1), layer.values.flatten(0, 1)) for layer in self._slot_layers]
+        return self._held
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first ``length`` positions of slots ``source[i]`` to slots ``target[i]``, all at once: slots may be exchanged."""
         for held in self._tensors():
-            held[target, :, :length] = held[source, :, :length]
+            seen = held[:, :, :length]
+            seen.index_copy_(0, target, seen.index_select(0, source))
 
     def _tensors(self) -> list[Tensor]:
         return [held for layer in self._slot_layers if layer.is_initialized for held in (layer.keys, layer.values)]

@@ -138,24 +138,25 @@ class FusedStep:
         """
         n, rows = len(tokens), _rounded(len(tokens))
         self._prepare(cache)
-        rotation = self._rotations.index_select(0, _filled(positions, rows))[:, None]
-        by_head = positions.repeat_interleave(self._heads_kv)[:, None, None]  # [n · heads_kv, 1, 1]
-        mask = torch.where(self._columns[:length] > by_head, self._lowest, self._zero)
-        written = self._starts[: len(by_head)] + by_head[:, 0, 0]
+        cos, sin = self._rotations.index_select(0, positions)[:, None].chunk(2, dim=2)
+        by_head = positions.repeat_interleave(self._heads_kv)
+        mask = torch.where(self._columns[:length] > by_head[:, None, None], self._lowest, self._zero)
+        written = self._starts[: len(by_head)] + by_head
         hidden = F.embedding(_filled(tokens, rows), self._embedding)
-        attended = hidden.new_zeros(rows * self._heads_kv, self._heads // self._heads_kv, rotation.shape[2] // 2)
+        head_dim = cos.shape[2]
+        attended = hidden.new_zeros(rows, self._heads * head_dim)
+        by_key_head = attended[:n].view(len(written), -1, head_dim)
         for layer, (keys, values) in zip(self._layers, cache.held(), strict=True):
-            query, key, value = (x[:n] for x in self._project(layer, hidden, rotation))
-            head_dim = keys.shape[3]
+            query, key, value = self._project(layer, hidden, cos, sin)
             keys.view(-1, head_dim).index_copy_(0, written, key.reshape(-1, head_dim))
             values.view(-1, head_dim).index_copy_(0, written, value.reshape(-1, head_dim))
-            seen_keys, seen_values = keys[:n].flatten(0, 1)[:, :length], values[:n].flatten(0, 1)[:, :length]
             # The heads that share a key head are its query rows, so that neither keys nor values are repeated.
-            query = query.reshape(len(written), -1, head_dim)
+            query = query.reshape(by_key_head.shape)
+            seen_keys, seen_values = keys[: len(written), :length], values[: len(written), :length]
             scores = torch.baddbmm(mask, query, seen_keys.transpose(1, 2), alpha=layer.scaling)
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-            torch.bmm(weights, seen_values, out=attended[: len(written)])
-            hidden = layer.output.added(hidden, attended.view(rows, -1))
+            torch.bmm(weights, seen_values, out=by_key_head)
+            hidden = layer.output.added(hidden, attended)
             gate, up = layer.gate_up(_normed(layer.mlp_norm, hidden)).chunk(2, dim=1)
             hidden = layer.down.added(hidden, layer.activation(gate).mul_(up))
         if wanted is not None:
@@ -163,16 +164,19 @@ class FusedStep:
             hidden = hidden.index_select(0, _filled(wanted, _rounded(n)))
         return self._head(_normed(self._norm, hidden))[:n]
 
-    def _project(self, layer: Layer, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [n, heads, head_dim], keys and values [n, heads_kv, head_dim]; the former two normalised and rotated."""
-        heads, head_dim = self._heads, rotation.shape[2] // 2
-        projected = layer.qkv(_normed(layer.attention_norm, hidden)).view(len(hidden), -1, head_dim)
-        turning, value = projected[:, : heads + self._heads_kv], projected[:, heads + self._heads_kv :]
+    def _project(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [n, heads, head_dim], keys and values [n, heads_kv, head_dim]; the former two normalised and rotated.
+
+        ``cos`` and ``sin`` are [n, 1, head_dim]; ``hidden`` may have more rows.
+        """
+        n, _, head_dim = cos.shape
+        projected = layer.qkv(_normed(layer.attention_norm, hidden))[:n].view(n, -1, head_dim)
+        turning, value = projected.split((self._heads + self._heads_kv, self._heads_kv), dim=1)
         if layer.head_norms is not None:
             turning = F.rms_norm(turning, (head_dim,), None, layer.epsilon).mul_(layer.head_norms.index_select(0, self._kinds))
-        cos, sin = rotation[:, :, :head_dim], rotation[:, :, head_dim:]
-        turned = torch.addcmul(turning * cos, turning.roll(head_dim // 2, dims=2), sin)
-        return turned[:, :heads], turned[:, heads:], value
+        turned = (turning * cos).add_(turning.contiguous().roll(head_dim // 2, dims=2).mul_(sin))
+        query, key = turned.split((self._heads, self._heads_kv), dim=1)
+        return query, key, value
 
     def _prepare(self, cache: SlotCache) -> None:
         """What depends only on the size of the cache, when that has changed.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_core.errors import RunError
-from miles_kernels.ops.linear_logprob import logprob_of_logits
+from miles_kernels.ops.linear_logprob import exponentials, logprob_of_logits
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,12 @@ def draw(logits: Tensor, settings: Settings, uniforms: np.ndarray) -> Draw:
         scaled = scaled.index_copy(0, rows_t, scaled[rows_t].masked_fill_(~kept, -torch.inf))
         for row, mask in zip(rows.tolist(), kept.cpu().numpy(), strict=True):
             support[row] = np.flatnonzero(mask).tolist()
-    tokens = _invert(scaled, uniforms)
+    largest, weights = exponentials(scaled)
+    tokens = _invert(weights[: len(scaled)], uniforms)
     if greedy.any():
         tokens = torch.where(torch.from_numpy(greedy).to(logits.device), scaled.argmax(dim=-1), tokens)
-    chosen = logprob_of_logits(scaled, tokens).cpu().numpy()  # by the very steps of the trainer's op: torch.log_softmax has other last bits
+    # By the very steps of the trainer's op: torch.log_softmax has other last bits.
+    chosen = logprob_of_logits(scaled, tokens, largest, weights).cpu().numpy()
     if not np.isfinite(chosen).all():
         raise RunError("the policy's logits are not finite (NaN or infinity): its weights have diverged. Lower the learning rate.")
     return Draw(tokens.cpu().numpy(), chosen, support)
@@ -77,12 +79,12 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device)[:, None]
 
 
-def _invert(logits: Tensor, uniforms: np.ndarray) -> Tensor:
-    """int64 [n]: the first token at which the cumulative probability exceeds ``uniform`` · total; summed in float64."""
-    cumulative = (logits - logits.amax(dim=1, keepdim=True)).exp_().cumsum(dim=1, dtype=torch.float64)
+def _invert(weights: Tensor, uniforms: np.ndarray) -> Tensor:
+    """int64 [n]: the first token at which the cumulative weight ([n, V]) exceeds ``uniform`` · total; summed in float64."""
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     below_one = uniforms * (1 - 2.0**-52)  # so that no product rounds up to the total
-    target = _column(below_one, logits) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)  # clamp: rows of NaN
+    target = _column(below_one, weights) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)  # clamp: rows of NaN
 
 
 def _support(logits: Tensor, settings: Settings, rows: np.ndarray) -> Tensor:

@@ -29,7 +29,7 @@ Gloo: Any = ProcessGroupGloo
 HOST = "127.0.0.1"
 """Where the group meets, and this process's end of every connection in it."""
 
-GRACE = 1.0
+GRACE = 5.0
 """Seconds beyond its deadline in which a server may still answer a request: what the group itself says of a time-out says more."""
 
 
@@ -50,6 +50,7 @@ class Group:
         self._client, self._ranks, self._seconds = client, ranks, seconds
         self._name = f"miles-{uuid.uuid4().hex}"  # other trainers may have groups with a server that was not started here
         self._group: Any = None
+        self._left = False
 
     async def join(self) -> None:
         """Meet the server's ranks.
@@ -67,8 +68,15 @@ class Group:
     def _meet(self, listener: socket.socket) -> None:
         deadline, began = timedelta(seconds=self._seconds), time.monotonic()
         port = listener.getsockname()[1]
+        what = f"did not meet the trainer at {HOST}:{port} for weight_transport collective (it must run on this machine)"
         # torch's own listener would take connections from anywhere.
         store = TCPStore(HOST, port, is_master=True, timeout=deadline, wait_for_workers=False, master_listen_fd=listener.detach())
+        while store.num_keys() < self._ranks:  # each leaves its address there; a wait within torch could not be given up
+            if self._left:
+                return
+            if time.monotonic() - began >= self._seconds:
+                raise self._failure(what, began)
+            time.sleep(0.01)
         for prefix in (self._name, f"{self._name}/", "cpu/"):  # as SGLang and torch name the keys of a gloo group
             store = PrefixStore(prefix, store)
         options = Gloo._Options()
@@ -76,7 +84,6 @@ class Group:
         try:
             self._group = Gloo(store, 0, 1 + self._ranks, options)
         except RuntimeError as error:  # all that torch raises of the store and of gloo
-            what = f"did not meet the trainer at {HOST}:{port} for weight_transport collective (it must run on this machine)"
             raise self._failure(what, began) from error
 
     async def send(self, bucket: Bucket) -> None:
@@ -112,6 +119,7 @@ class Group:
             seconds: How long that may take. A server that does not listen is found out elsewhere; our end closes when it does, or at
                 the deadline of what is still on its way to it.
         """
+        self._left = True
         steps = {asyncio.ensure_future(in_daemon_thread(self._close)), asyncio.ensure_future(self._client.leave_group(self._name, seconds))}
         await asyncio.wait(steps, timeout=seconds)
         for step in steps:

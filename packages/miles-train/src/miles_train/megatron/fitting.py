@@ -54,7 +54,7 @@ def early_problems(layout: Layout, fields: Mapping[str, Any]) -> list[str]:
 def _uneven(layout: Layout, divided: list[tuple[str, str, int]]) -> list[str]:
     """A sentence for each (axis, what its ranks share, how many of it) that does not divide."""
     return [
-        f"{size} {axis}-parallel ranks cannot share {count} {what} evenly; choose a {axis}-parallel size that divides {count}"
+        f"{size} {axis}-parallel ranks cannot share {count} {what} evenly; choose a number of {axis}-parallel ranks that divides {count}"
         for axis, what, count in divided
         if count % (size := getattr(layout, axis))
     ]

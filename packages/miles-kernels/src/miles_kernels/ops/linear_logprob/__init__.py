@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 from miles_kernels.registry import backend
 
 from .checks import check_arguments, check_targets, vocabulary
-from .reference import logprob_of_logits
+from .reference import exponentials, logprob_of_logits
 
-__all__ = ["LinearLogprob", "linear_logprob", "logprob_of_logits"]
+__all__ = ["LinearLogprob", "exponentials", "linear_logprob", "logprob_of_logits"]
 
 
 class LinearLogprob(NamedTuple):

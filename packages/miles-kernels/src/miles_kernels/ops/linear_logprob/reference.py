@@ -50,12 +50,21 @@ def forward(
     return largest[:count], total[:count], weighted[:count], target[:count]
 
 
-def logprob_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target], [T], by the steps of `forward`; for who has logits [T, V], temperature and all, already."""
-    z, targets = filled(logits), filled(targets)
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits z [T, V], temperature and all, by the steps of `forward`: the largest [R], and exp(z − largest) [R, V].
+
+    R is T, but at least `miles_kernels.invariant.rows.ROWS`; the rows behind stand for rows of zeros.
+    """
+    z = filled(logits)
     largest = z.amax(1)
-    total = torch.exp(z - largest[:, None]).sum(1)
-    return (z.gather(1, targets[:, None]).squeeze(1) - largest - total.log())[: len(logits)]
+    return largest, torch.exp(z - largest[:, None])
+
+
+def logprob_of_logits(logits: Tensor, targets: Tensor, largest: Tensor, exponentials: Tensor) -> Tensor:
+    """log softmax(logits)[target], [T], by the steps of `forward`; for who has logits [T, V], temperature and all, and their
+    `exponentials` already."""
+    z, targets = filled(logits), filled(targets)
+    return (z.gather(1, targets[:, None]).squeeze(1) - largest - exponentials.sum(1).log())[: len(logits)]
 
 
 def backward(
