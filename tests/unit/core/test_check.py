@@ -291,6 +291,14 @@ def test_megatrons_layout_must_divide_a_model_that_is_built_from_scratch():
     assert "3 expert-parallel ranks do not divide the tensor × context × data = 2 ranks" in said
 
 
+def test_megatron_needs_a_table_for_a_model_that_is_built_from_scratch():
+    """Said before an earlier stage has trained it."""
+    changes = {"models.policy.path": ..., "models.policy.tokenizer": {"kind": "words", "words": ["a"]}}
+    changes |= {"models.policy.config": {"model_type": "llama"}, "models.policy.trainer": megatron()}
+    (said,) = problems(changes)
+    assert "config: model_type says 'llama', for which the megatron trainer has no table; known are qwen3, qwen3_moe. Add one" in said
+
+
 def test_megatrons_layout_must_divide_the_model_at_a_path(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     changes = {"models.policy.path": str(tmp_path)}

@@ -55,7 +55,7 @@ def test_a_method_that_would_never_be_called_is_an_error(moment, expected):
 def test_helpers_and_attributes_of_a_hook_are_its_own_business():
     hook = recorder([], "mine", "on_end", "format")
     hook.on_color = "red"  # no method
-    Hooks({"mine": hook})
+    assert Hooks({"mine": hook}).hooks == {"mine": hook}
 
 
 async def test_an_error_of_a_hook_is_not_swallowed():
@@ -65,7 +65,3 @@ async def test_an_error_of_a_hook_is_not_swallowed():
 
     with pytest.raises(KeyError, match="mine"):
         await Hooks({"broken": Broken()}).fire("on_end", None)
-
-
-async def test_no_hooks_no_calls():
-    await Hooks({}).fire("on_start", None)

@@ -164,7 +164,7 @@ class _Entry:
 
 
 def test_a_table_from_another_package(monkeypatch: pytest.MonkeyPatch):
-    spec = ModelSpec("Other", QWEN3.fields, QWEN3.ignored, QWEN3.constants, QWEN3.sizes, QWEN3.weights)
+    spec = ModelSpec("Other", "other", QWEN3.fields, QWEN3.ignored, QWEN3.constants, QWEN3.sizes, QWEN3.weights)
 
     read = metadata.entry_points
     ours = list(read(group="miles.model_spec"))

@@ -162,13 +162,13 @@ class MegatronTrainerConfig(AdamWTrainerConfig):
             if model.role in ("critic", "reward"):
                 found.append(f"it has no scalar head yet, which a {model.role} needs; use trainer: torch")
             config = Path(model.path or "") / "config.json"
-            if model.path is not None and config.is_file():
-                try:
+            try:
+                if model.path is not None and config.is_file():
                     found += fitting.problems(layout, json.loads(config.read_text()))
-                except (ConfigError, ValueError) as error:
-                    found.append(str(error))
-            elif model.config is not None:
-                found += fitting.early_problems(layout, model.config)
+                elif model.config is not None:
+                    found += fitting.early_problems(layout, model.config)
+            except (ConfigError, ValueError) as error:
+                found.append(str(error))
         return found
 
 

@@ -35,7 +35,10 @@ def compare(directories: Sequence[Path], metrics: str | None, at: str | None, pl
     print_wide(_metrics(runs, chosen, steps))
     differing = differences(runs)
     if len(runs) > 1:
-        print_wide(_configs(runs, differing)) if differing else console.print("The configurations are alike.")
+        if differing:
+            print_wide(_configs(runs, differing))
+        else:
+            console.print("The configurations are alike.")
     if plot is not None:
         console.print(f"Plot: {escape(str(plot))}", soft_wrap=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..ranks.layout import Layout
-from .specs import model_spec
+from .specs import check_model_type, model_spec
 
 
 def problems(layout: Layout, hf_config: Mapping[str, Any]) -> list[str]:
@@ -40,7 +40,13 @@ def problems(layout: Layout, hf_config: Mapping[str, Any]) -> list[str]:
 
 
 def early_problems(layout: Layout, fields: Mapping[str, Any]) -> list[str]:
-    """What the fields that a recipe gives of a new model's config say already; what they leave out is looked at when it is built."""
+    """What the fields that a recipe gives of a new model's config say already; what they leave out is looked at when it is built.
+
+    Raises:
+        ConfigError: No table is for its ``model_type``.
+    """
+    if "model_type" in fields:
+        check_model_type(fields["model_type"])
     shared = [
         ("tensor", "attention heads", "num_attention_heads"),
         ("tensor", "key/value heads", "num_key_value_heads"),

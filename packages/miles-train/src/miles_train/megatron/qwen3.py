@@ -120,6 +120,7 @@ _DENSE = _mlp(_OURS + "mlp", _THEIRS + "mlp", "ffn", "dense")
 
 QWEN3 = ModelSpec(
     architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
     fields=_FIELDS,
     ignored=_IGNORED,
     constants=_CONSTANTS,
@@ -129,6 +130,7 @@ QWEN3 = ModelSpec(
 
 QWEN3_MOE = ModelSpec(
     architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
     fields=(
         *_FIELDS,
         Field("num_experts", "num_moe_experts"),

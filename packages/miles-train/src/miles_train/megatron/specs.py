@@ -8,7 +8,7 @@ else names a weight. The modules are those of ``layers.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import groupby
@@ -102,6 +102,7 @@ class ModelSpec:
 
     Attributes:
         architecture: As in ``architectures`` of config.json.
+        model_type: As in ``model_type`` of config.json.
         fields: The fields of config.json that are known; others are refused unless they are empty (null, false, [], {}).
         ignored: Fields that change nothing in training.
         constants: TransformerConfig fields that are the same for all models of the architecture.
@@ -111,6 +112,7 @@ class ModelSpec:
     """
 
     architecture: str
+    model_type: str
     fields: tuple[Field, ...]
     ignored: frozenset[str]
     constants: Mapping[str, Any]
@@ -223,16 +225,30 @@ def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError("config.json has no architectures; its first entry says which table of the megatron trainer is used")
     name = architectures[0]
-    known = {entry.name: entry for entry in metadata.entry_points(group="miles.model_spec")}
+    known = _entries()
     if name not in known:
-        raise ConfigError(
-            f"config.json: architectures says {name!r}, for which the megatron trainer has no table; known are "
-            f"{', '.join(sorted(known))}. Add one: a miles_train.megatron.specs.ModelSpec, registered as entry point "
-            f"{name!r} in the group miles.model_spec; or use trainer: torch"
-        )
+        raise _unknown("config.json: architectures", name, known, f"entry point {name!r}")
     spec = _loaded(known[name])
     spec.transformer(hf_config)
     return spec
+
+
+def check_model_type(name: str) -> None:
+    """Raise a ConfigError if no table is for models of a ``model_type``: all that is known of a model before it is built."""
+    known = [_loaded(entry).model_type for entry in _entries().values()]
+    if name not in known:
+        raise _unknown("config: model_type", name, known, "an entry point by its architecture's name")
+
+
+def _entries() -> dict[str, metadata.EntryPoint]:
+    return {entry.name: entry for entry in metadata.entry_points(group="miles.model_spec")}
+
+
+def _unknown(field: str, name: str, known: Iterable[str], entry: str) -> ConfigError:
+    return ConfigError(
+        f"{field} says {name!r}, for which the megatron trainer has no table; known are {', '.join(sorted(known))}. Add one: a "
+        f"miles_train.megatron.specs.ModelSpec, registered as {entry} in the group miles.model_spec; or use trainer: torch"
+    )
 
 
 def _loaded(entry: metadata.EntryPoint) -> ModelSpec:
